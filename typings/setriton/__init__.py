@@ -1,0 +1,1 @@
+../../setriton/__init__.py

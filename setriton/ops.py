@@ -1,0 +1,129 @@
+"""The torch.library custom ops: one opaque boundary per SE block and direction.
+
+Forward and backward are an op each, with a fake of its own, so that torch.compile, export and selective checkpointing see
+two nodes. Custom ops rather than `triton_op`: those run their body on fake tensors, which pins layouts (2 copies of the
+feature map a block in a contiguous model) and writes a fusible producer once per kernel that reads it.
+
+Autocast: the ops take mixed dtypes, compute in float32 whatever the ambient mode, and return the dtype of x, as eager SE
+does; so no autocast rule is wanted, and the dispatcher's default, falling through, is right.
+"""
+
+import importlib.util
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+from torch.utils.flop_counter import register_flop_formula
+
+from . import reference
+from .kernels.layout import as_dense
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The interpreter runs kernels on CPU tensors; Triton reads the variable when a kernel is decorated, so it is fixed by then.
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@torch.compiler.assume_constant_result  # torch.compile asks once, at trace time
+def has_kernels(device_type: str) -> bool:
+    """Whether Triton kernels run on this kind of device; warns once where only Triton itself is missing."""
+    if device_type != "cuda" and not (device_type == "cpu" and INTERPRET):
+        return False
+    if importlib.util.find_spec("triton") is None:
+        warnings.warn("setriton: Triton is not installed; running the slower PyTorch reference path", stacklevel=2)
+        return False
+    return True
+
+
+@custom_op("setriton::squeeze_excite", mutates_args=(), device_types="cuda", tags=(torch.Tag.flexible_layout,))
+def squeeze_excite(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: str, gate: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, and q (N, C), z1 (N, R), z2 (N, C) in float32, kept for the backward pass."""
+    from .kernels import squeeze_excite as kernels
+
+    return kernels.squeeze_excite(x, w1, b1, w2, b2, act, gate)
+
+
+@squeeze_excite.register_kernel("cpu")
+def _(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: str, gate: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if INTERPRET and x.dtype in KERNEL_DTYPES:
+        return squeeze_excite._init_fn(x, w1, b1, w2, b2, act, gate)
+    return reference.squeeze_excite_with_saved(as_dense(x), w1, b1, w2, b2, act, gate)
+
+
+@squeeze_excite.register_fake
+def _(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: str, gate: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (n, c), r = x.shape[:2], w1.shape[0]
+    dtype = reference.accumulate_dtype(x.dtype)
+    z1, (q, z2) = x.new_empty((n, r), dtype=dtype), (x.new_empty((n, c), dtype=dtype) for _ in range(2))
+    return torch.empty_like(as_dense(x)), q, z1, z2
+
+
+@custom_op("setriton::squeeze_excite_backward", mutates_args=(), device_types="cuda", tags=(torch.Tag.flexible_layout,))
+def squeeze_excite_backward(
+    dy: Tensor, x: Tensor, w1: Tensor, w2: Tensor, q: Tensor, z1: Tensor, z2: Tensor, act: str, gate: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dx and dw1, db1, dw2, db2; the bias gradients cost one addition a row, so they come whether wanted or not."""
+    from .kernels import squeeze_excite as kernels
+
+    return kernels.squeeze_excite_backward(dy, x, w1, w2, q, z1, z2, act, gate)
+
+
+@squeeze_excite_backward.register_kernel("cpu")
+def _(
+    dy: Tensor, x: Tensor, w1: Tensor, w2: Tensor, q: Tensor, z1: Tensor, z2: Tensor, act: str, gate: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if INTERPRET and x.dtype in KERNEL_DTYPES:
+        return squeeze_excite_backward._init_fn(dy, x, w1, w2, q, z1, z2, act, gate)
+    x = as_dense(x)
+    dx, *rest = reference.squeeze_excite_backward(dy, x, w1, w2, q, z1, z2, act, gate)
+    return torch.empty_like(x).copy_(dx), *rest
+
+
+@squeeze_excite_backward.register_fake
+def _(
+    dy: Tensor, x: Tensor, w1: Tensor, w2: Tensor, q: Tensor, z1: Tensor, z2: Tensor, act: str, gate: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def like(w: Tensor) -> Tensor:
+        return w.new_empty(w.shape)
+
+    db1, db2 = w1.new_empty(w1.shape[0]), w2.new_empty(w2.shape[0])
+    return torch.empty_like(as_dense(x)), like(w1), db1, like(w2), db2
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    x, w1, b1, w2, b2, ctx.act, ctx.gate = inputs
+    _, q, z1, z2 = output
+    ctx.has_b1, ctx.has_b2 = b1 is not None, b2 is not None
+    ctx.save_for_backward(x, w1, w2, q, z1, z2)
+    ctx.mark_non_differentiable(q, z1, z2)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 7
+    dx, dw1, db1, dw2, db2 = squeeze_excite_backward(dy, *ctx.saved_tensors, ctx.act, ctx.gate)
+    return dx, dw1, db1 if ctx.has_b1 else None, dw2, db2 if ctx.has_b2 else None, None, None
+
+
+squeeze_excite.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.setriton.squeeze_excite)
+def _(x_shape: torch.Size, w1_shape: torch.Size, *_: Any, **__: Any) -> int:
+    """Two products of N x C x R multiply-adds; the counter's unit is one operation, two a multiply-add."""
+    return 4 * x_shape[0] * w1_shape[0] * w1_shape[1]
+
+
+@register_flop_formula(torch.ops.setriton.squeeze_excite_backward)
+def _(dy_shape: torch.Size, x_shape: torch.Size, w1_shape: torch.Size, *_: Any, **__: Any) -> int:
+    """Gradients of inputs and of weights: twice the forward products."""
+    return 8 * x_shape[0] * w1_shape[0] * w1_shape[1]

@@ -1,0 +1,81 @@
+"""The library's functions in plain PyTorch: the path of every device without Triton, and what kernels are tested against.
+
+Written so that Inductor can fuse them (autograd differentiates the forward), with the gradients in closed form beside it.
+Notation as in Squeeze-and-Excitation Networks (arXiv 1709.01507), section 3: q is the squeezed map (eq. 2),
+z1 = W1 q + b1 and z2 = W2 act(z1) + b2 the pre-activations of the excitation (eq. 3), e = gate(z2) its output.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "identity": lambda z: z,
+}
+GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "hardsigmoid": F.hardsigmoid}
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums and the excitation are computed in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def squeeze_excite(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: str, gate: str
+) -> Tensor:
+    """y (N, C, H, W) = x * e, in the dtype of x."""
+    return _forward(x, w1, b1, w2, b2, act, gate)[0]
+
+
+def squeeze_excite_with_saved(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: str, gate: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, and q (N, C), z1 (N, R), z2 (N, C) that the closed-form gradients need."""
+    with torch.no_grad():
+        return _forward(x, w1, b1, w2, b2, act, gate)
+
+
+def squeeze_excite_backward(
+    dy: Tensor, x: Tensor, w1: Tensor, w2: Tensor, q: Tensor, z1: Tensor, z2: Tensor, act: str, gate: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dx and dw1, db1, dw2, db2, from two sweeps: one reads (dy, x), the other reads dy and writes dx."""
+    dtype = q.dtype
+    m1, m2 = w1.flatten(1).to(dtype), w2.flatten(1).to(dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        dz2 = _grad(GATES[gate], z2, (dy.to(dtype) * x.to(dtype)).sum((2, 3)))
+        dz1 = _grad(ACTS[act], z1, dz2 @ m2)
+        dw2, dw1 = dz2.t() @ ACTS[act](z1), dz1.t() @ q
+        dq = dz1 @ m1
+        hw = x.shape[2] * x.shape[3]
+        dx = dy.to(dtype) * GATES[gate](z2)[:, :, None, None] + dq[:, :, None, None] / hw
+    return (
+        dx.to(x.dtype),
+        dw1.view(w1.shape).to(w1.dtype),
+        dz1.sum(0).to(w1.dtype),
+        dw2.view(w2.shape).to(w2.dtype),
+        dz2.sum(0).to(w2.dtype),
+    )
+
+
+def _forward(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: str, gate: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = accumulate_dtype(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):  # else the excitation would run in bfloat16
+        q = x.mean((2, 3), dtype=dtype)
+        z1 = F.linear(q, w1.flatten(1).to(dtype), None if b1 is None else b1.to(dtype))
+        z2 = F.linear(ACTS[act](z1), w2.flatten(1).to(dtype), None if b2 is None else b2.to(dtype))
+        y = x * GATES[gate](z2).to(x.dtype)[:, :, None, None]
+    return y, q, z1, z2
+
+
+def _grad(function: Callable[[Tensor], Tensor], z: Tensor, upstream: Tensor) -> Tensor:
+    """upstream * function'(z), by PyTorch's own derivative."""
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        return torch.autograd.grad(function(z), z, upstream)[0]

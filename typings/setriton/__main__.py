@@ -1,0 +1,1 @@
+../../setriton/__main__.py

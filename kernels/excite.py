@@ -9,8 +9,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .primitives import act_grad, apply_act, block_offsets
+from .tuning import LAUNCH_OPTIONS
 
-BLOCK_M, BLOCK_N, BLOCK_K = 16, 32, 64
+# Wider along K and the transposed operands of the weight gradients spill on sm_80 to sm_120.
+BLOCK_M, BLOCK_N, BLOCK_K = 16, 32, 32
 
 
 @triton.jit
@@ -73,7 +75,7 @@ def _linear(
             m, n, k, a.stride(0), a.stride(1), b.stride(0), b.stride(1),
             A_ACT=a_act, B_ACT=b_act, Z_GRAD=z_act,
             HAS_BIAS=bias is not None, HAS_Z=z is not None, HAS_ROW_SUM=row_sum is not None,
-            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
+            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, **LAUNCH_OPTIONS,
         )  # fmt: skip
     return out
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from .excite import excite, excite_backward
 from .layout import as_dense, as_layout_of, hw_c_strides
 from .primitives import apply_gate, block_offsets, gate_grad, image_offset, tile_offsets, unravel
-from .tuning import NUM_WARPS, Tile, reduction_splits, sweep_tile
+from .tuning import LAUNCH_OPTIONS, Tile, reduction_splits, sweep_tile
 
 
 @triton.jit
@@ -133,7 +133,7 @@ def _geometry(x: Tensor, tile: Tile) -> dict[str, int | bool]:
         "WIDE": channels * height * width >= 2**31,
         "BLOCK_HW": tile.block_hw,
         "BLOCK_C": tile.block_c,
-        "num_warps": NUM_WARPS,
+        **LAUNCH_OPTIONS,
     }
 
 

@@ -12,6 +12,8 @@ from .layout import is_channels_last
 # the registers of eight resident programs.
 TILE_ELEMENTS = 4096
 NUM_WARPS = 4
+# Said at every launch: Triton 3.10 changes its default for fused multiply-adds, and results must not depend on the version.
+LAUNCH_OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
 # Programs wanted per multiprocessor before a reduction stops being split: eight of 128 threads hide the latency of HBM.
 PROGRAMS_PER_SM = 8
 

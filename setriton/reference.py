@@ -5,24 +5,60 @@ Notation as in Squeeze-and-Excitation Networks (arXiv 1709.01507), section 3: q 
 z1 = W1 q + b1 and z2 = W2 act(z1) + b2 the pre-activations of the excitation (eq. 3), e = gate(z2) its output.
 """
 
+import contextlib
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "identity": lambda z: z,
+
+class Nonlinearity(NamedTuple):
+    """An element-wise function and its derivative."""
+
+    function: Callable[[Tensor], Tensor]
+    derivative: Callable[[Tensor], Tensor]
+
+
+def _silu_derivative(z: Tensor) -> Tensor:
+    s = torch.sigmoid(z)
+    return s * (1 + z * (1 - s))
+
+
+def _gelu_derivative(z: Tensor) -> Tensor:
+    density = torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+    return torch.special.ndtr(z) + z * density
+
+
+def _sigmoid_derivative(z: Tensor) -> Tensor:
+    s = torch.sigmoid(z)
+    return s * (1 - s)
+
+
+ACTS = {
+    "relu": Nonlinearity(F.relu, lambda z: (z > 0).to(z.dtype)),
+    "silu": Nonlinearity(F.silu, _silu_derivative),
+    "gelu": Nonlinearity(F.gelu, _gelu_derivative),
+    "identity": Nonlinearity(lambda z: z, torch.ones_like),
 }
-GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "hardsigmoid": F.hardsigmoid}
+GATES = {
+    "sigmoid": Nonlinearity(torch.sigmoid, _sigmoid_derivative),
+    # relu6 rather than F.hardsigmoid, whose float64 kernel divides by a float32 constant (3e-8 off).
+    "hardsigmoid": Nonlinearity(lambda z: F.relu6(z + 3) / 6, lambda z: ((z > -3) & (z < 3)).to(z.dtype) / 6),
+}
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype sums and the excitation are computed in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def autocast_disabled(x: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Float32 stays float32 inside, whatever the caller's autocast; the meta device has no autocast to disable."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
 
 
 def squeeze_excite(
@@ -46,13 +82,14 @@ def squeeze_excite_backward(
     """dx and dw1, db1, dw2, db2, from two sweeps: one reads (dy, x), the other reads dy and writes dx."""
     dtype = q.dtype
     m1, m2 = w1.flatten(1).to(dtype), w2.flatten(1).to(dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        dz2 = _grad(GATES[gate], z2, (dy.to(dtype) * x.to(dtype)).sum((2, 3)))
-        dz1 = _grad(ACTS[act], z1, dz2 @ m2)
-        dw2, dw1 = dz2.t() @ ACTS[act](z1), dz1.t() @ q
+    with autocast_disabled(x):
+        de = (dy.to(dtype) * x.to(dtype)).sum((2, 3))
+        dz2 = de * GATES[gate].derivative(z2)
+        dz1 = (dz2 @ m2) * ACTS[act].derivative(z1)
+        dw2, dw1 = dz2.t() @ ACTS[act].function(z1), dz1.t() @ q
         dq = dz1 @ m1
         hw = x.shape[2] * x.shape[3]
-        dx = dy.to(dtype) * GATES[gate](z2)[:, :, None, None] + dq[:, :, None, None] / hw
+        dx = dy.to(dtype) * GATES[gate].function(z2)[:, :, None, None] + dq[:, :, None, None] / hw
     return (
         dx.to(x.dtype),
         dw1.view(w1.shape).to(w1.dtype),
@@ -66,16 +103,9 @@ def _forward(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: str, gate: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = accumulate_dtype(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):  # else the excitation would run in bfloat16
+    with autocast_disabled(x):
         q = x.mean((2, 3), dtype=dtype)
         z1 = F.linear(q, w1.flatten(1).to(dtype), None if b1 is None else b1.to(dtype))
-        z2 = F.linear(ACTS[act](z1), w2.flatten(1).to(dtype), None if b2 is None else b2.to(dtype))
-        y = x * GATES[gate](z2).to(x.dtype)[:, :, None, None]
+        z2 = F.linear(ACTS[act].function(z1), w2.flatten(1).to(dtype), None if b2 is None else b2.to(dtype))
+        y = x * GATES[gate].function(z2).to(x.dtype)[:, :, None, None]
     return y, q, z1, z2
-
-
-def _grad(function: Callable[[Tensor], Tensor], z: Tensor, upstream: Tensor) -> Tensor:
-    """upstream * function'(z), by PyTorch's own derivative."""
-    with torch.enable_grad():
-        z = z.detach().requires_grad_()
-        return torch.autograd.grad(function(z), z, upstream)[0]

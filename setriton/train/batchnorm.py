@@ -24,5 +24,6 @@ def sync_batch_norm_stats(model: nn.Module, group: dist.ProcessGroup | None = No
     flat = torch.cat([buffer.flatten() for buffer in stats])
     dist.all_reduce(flat, group=group)
     flat /= world_size
-    for buffer, mean in zip(stats, flat.split([buffer.numel() for buffer in stats]), strict=True):
+    means = torch.split(flat, [buffer.numel() for buffer in stats])
+    for buffer, mean in zip(stats, means, strict=True):
         buffer.copy_(mean.view_as(buffer))

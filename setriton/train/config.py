@@ -1,9 +1,9 @@
-"""What a training run is told: frozen dataclasses, checked when they are built; the command line is derived from them."""
+"""What a training run is told: frozen dataclasses, checked when built; the command line is derived from them."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 
 def _require_positive(name: str, value: float) -> None:
@@ -32,14 +32,21 @@ class ModelConfig:
 
     name: str = "se_resnet50"
     """Network name; `setriton models` lists them."""
-    layout: Literal["caffe", "torch"] = "caffe"
-    """Where a bottleneck has its stride: the authors' Caffe models or torchvision and timm."""
+    layout: Literal["caffe", "torch"] | None = None
+    """Details that the authors' Caffe models and torchvision do differently; unset: the network's default."""
     drop_rate: float = 0.0
     """Dropout probability in front of the classifier."""
+    zero_init_last: bool = False
+    """Start each residual block as the identity."""
 
     def __post_init__(self) -> None:
-        _require_one_of("model.layout", self.layout, ("caffe", "torch"))
+        if self.layout is not None:
+            _require_one_of("model.layout", self.layout, ("caffe", "torch"))
         _require_fraction("model.drop_rate", self.drop_rate)
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments for `create_model`: those that differ from every network's default."""
+        return {key: value for key, value in vars(self).items() if key != "name" and value not in (None, 0.0, False)}
 
 
 @dataclass(frozen=True)

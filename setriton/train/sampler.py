@@ -12,8 +12,8 @@ class SampleKey(NamedTuple):
     """What a data set is asked for: an image, and the epoch that its augmentation depends on."""
 
     epoch: int
-    index: int
-    """-1 asks for padding: any image, with label -1."""
+    image: int
+    """Number of the image; -1 asks for padding: any image, with label -1."""
 
 
 def stable_seed(*parts: int) -> int:
@@ -30,7 +30,9 @@ def epoch_order(num_images: int, *, seed: int, epoch: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class TrainSampler:
-    """Micro-batches of one rank from step `first_step` to `last_step`, epochs on end; the partial last batch is dropped.
+    """Micro-batches of one rank for the steps from `first_step` up to `last_step`, across epochs.
+
+    Images that do not fill a last batch sit the epoch out; the next one has another order.
 
     The global batch is cut into accumulate * world_size chunks and (micro-step, rank) takes chunk
     micro-step * world_size + rank: one rank that accumulates twice computes what two ranks do.

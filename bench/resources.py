@@ -1,0 +1,137 @@
+"""What kernels need of a GPU, found without one: every launch of a function compiled ahead of time for a named target."""
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """One launch, compiled.
+
+    `spilled` counts bytes a thread keeps in local memory, `shared` bytes of shared memory a program, `widest_access` bits
+    of the widest global load or store.
+    """
+
+    kernel: str
+    target: str
+    registers: int
+    spilled: int
+    shared: int
+    widest_access: int
+
+
+def resources(function: Callable[[], Any], target: str) -> list[Resources]:
+    """Compile every kernel that `function` launches for `target`, without launching it.
+
+    Args:
+        function: calls launchers of `setriton.kernels` with tensors on the CPU; what they return is not computed.
+        target: one of `TARGETS`.
+
+    Raises:
+        ValueError: the target is unknown.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {', '.join(TARGETS)}; got {target!r}")
+    with _recorded_launches() as launches:
+        function()
+    return [_compile(kernel, arguments, options, target) for kernel, arguments, options in launches]
+
+
+Launch = tuple[JITFunction, dict[str, Any], dict[str, Any]]
+
+
+@contextlib.contextmanager
+def _recorded_launches() -> Iterator[list[Launch]]:
+    launches: list[Launch] = []
+
+    def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        arguments = dict(zip(kernel.arg_names, args, strict=False))
+        options = {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
+        launches.append((kernel, arguments | {n: v for n, v in kwargs.items() if n in kernel.arg_names}, options))
+
+    with mock.patch.object(JITFunction, "run", record):
+        yield launches
+
+
+def _compile(kernel: JITFunction, arguments: dict[str, Any], options: dict[str, Any], target: str) -> Resources:
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        signature[parameter.name] = kind = "constexpr" if parameter.is_constexpr else _kind(value)
+        if kind == "constexpr":
+            constants[(index,)] = value
+        elif isinstance(value, torch.Tensor) or value % 16 == 0:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=TARGETS[target], options=options)
+    registers, spilled = _registers(compiled.asm, target)
+    return Resources(
+        kernel=kernel.__name__,
+        target=target,
+        registers=registers,
+        spilled=spilled,
+        shared=compiled.metadata.shared,
+        widest_access=_widest_access(compiled.asm, target),
+    )
+
+
+def _kind(value: Any) -> str:
+    """The signature entry the launcher would make: Triton bakes None and 1 into the kernel."""
+    if isinstance(value, torch.Tensor):
+        return "*" + {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[value.dtype]
+    if value is None or value == 1:
+        return "constexpr"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _registers(asm: dict[str, Any], target: str) -> tuple[int, int]:
+    if target.startswith("gfx"):
+        vgprs = re.search(r"\.vgpr_count:\s*(\d+)", asm["amdgcn"])
+        spilled = re.search(r"\.vgpr_spill_count:\s*(\d+)", asm["amdgcn"])
+        assert vgprs is not None
+        assert spilled is not None
+        return int(vgprs[1]), 4 * int(spilled[1])
+    usage = _cuobjdump(asm["cubin"], "--dump-resource-usage")
+    registers, stack = re.search(r"REG:(\d+)", usage), re.search(r"STACK:(\d+)", usage)
+    assert registers is not None
+    assert stack is not None
+    return int(registers[1]), int(stack[1])
+
+
+def _widest_access(asm: dict[str, Any], target: str) -> int:
+    if target.startswith("gfx"):
+        found = re.findall(r"(?:global|buffer)_(?:load|store)_\w*?(?:dword(?:x(\d))?|b(\d+)|u?short|ubyte)\b", asm["amdgcn"])
+        return max((int(bits) if bits else 32 * int(words or 1) for words, bits in found), default=0)
+    found = re.findall(r"\b(?:ld|st)\.global\S*?(?:\.v(\d))?\.[bu](\d+)", asm["ptx"])
+    return max((int(bits) * int(lanes or 1) for lanes, bits in found), default=0)
+
+
+def _cuobjdump(cubin: bytes, option: str) -> str:
+    """Output of the disassembler that comes with Triton."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout

@@ -1,0 +1,77 @@
+"""Configurations say what is wrong with them, in the words of the command line."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from setriton.recipes import RECIPES
+from setriton.train import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ModelConfig(layout="keras"), "model.layout must be one of caffe, torch, got 'keras'"),
+        (lambda: ModelConfig(drop_rate=1.0), r"model.drop_rate must be in \[0, 1\), got 1.0"),
+        (lambda: DataConfig("cifar10"), "data.source must be one of digits, imagefolder, synthetic, got 'cifar10'"),
+        (lambda: DataConfig("imagefolder"), "imagefolder needs a folder: imagefolder:PATH"),
+        (lambda: DataConfig("synthetic:many"), "whole number, got 'many'"),
+        (lambda: DataConfig("digits", image_size=224), "digits has 8x8 images"),
+        (lambda: DataConfig("synthetic", image_size=0), "data.image_size must be positive, got 0"),
+        (lambda: DataConfig("synthetic", resize=100), "data.resize must be at least 224, got 100"),
+        (lambda: DataConfig(workers=-1), "data.workers must be at least 0, got -1"),
+        (lambda: OptimizerConfig(lr=0.0), "optimizer.lr must be positive, got 0.0"),
+        (lambda: OptimizerConfig(lr=float("nan")), "optimizer.lr must be positive, got nan"),
+        (lambda: OptimizerConfig(momentum=1.0), r"optimizer.momentum must be in \[0, 1\)"),
+        (lambda: OptimizerConfig(momentum=0.0, nesterov=True), "nesterov needs optimizer.momentum > 0"),
+        (lambda: OptimizerConfig(weight_decay=-1.0), "optimizer.weight_decay must be at least 0, got -1.0"),
+        (lambda: ScheduleConfig("linear"), "schedule.kind must be one of step, cosine, got 'linear'"),
+        (lambda: ScheduleConfig(epochs=0), "schedule.epochs must be at least 1, got 0"),
+        (lambda: ScheduleConfig(epochs=5, warmup_epochs=5), r"schedule.warmup_epochs must be in \[0, 5\), got 5"),
+        (lambda: ParallelConfig(precision="fp8"), "parallel.precision must be one of fp32, bf16, got 'fp8'"),
+        (lambda: ParallelConfig(device="tpu"), "parallel.device must be one of auto, cpu, cuda, got 'tpu'"),
+        (lambda: ParallelConfig(accumulate=0), "parallel.accumulate must be at least 1, got 0"),
+        (lambda: CheckpointConfig(keep=0), "checkpoint.keep must be at least 1, got 0"),
+        (lambda: TrainConfig(batch_size=0), "batch_size must be at least 1, got 0"),
+        (lambda: TrainConfig(label_smoothing=1.0), r"label_smoothing must be in \[0, 1\), got 1.0"),
+        (lambda: TrainConfig(log_every=0), "log_every must be at least 1, got 0"),
+    ],
+)
+def test_wrong_values_are_named(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_have_a_description_and_an_out_of_their_own(name: str) -> None:
+    description, config = RECIPES[name]
+    assert description.endswith(".")
+    assert config.out.name == name
+    assert not config.resume
+
+
+def test_the_paper_recipe_is_the_papers() -> None:
+    config = RECIPES["imagenet-paper"][1]
+    assert (config.batch_size, config.optimizer.lr, config.optimizer.momentum) == (1024, 0.6, 0.9)
+    assert config.schedule == ScheduleConfig("step", epochs=100, step_epochs=30, gamma=0.1)
+    assert (config.data.image_size, config.label_smoothing) == (224, 0.0)
+
+
+def test_recipes_become_a_command_line() -> None:
+    tyro = pytest.importorskip("tyro")
+    arguments = ["digits", "--model.name", "resnet20", "--schedule.epochs", "3", "--resume", "--out", "elsewhere"]
+    config = tyro.extras.overridable_config_cli(RECIPES, args=arguments)
+    recipe = RECIPES["digits"][1]
+    assert config.model.name == "resnet20"
+    assert config.resume
+    assert config.optimizer == recipe.optimizer
+    assert config.schedule == replace(recipe.schedule, epochs=3)

@@ -1,4 +1,4 @@
-"""What kernels need of a GPU, found without one: every launch of a function compiled ahead of time for a named target."""
+"""What kernels need of a GPU, found without one: each launch of a function, compiled ahead of time for a target."""
 
 import contextlib
 import re
@@ -16,6 +16,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from setriton.kernels import squeeze_excite as kernels
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -30,8 +32,8 @@ TARGETS = {
 class Resources:
     """One launch, compiled.
 
-    `spilled` counts bytes a thread keeps in local memory, `shared` bytes of shared memory a program, `widest_access` bits
-    of the widest global load or store.
+    `spilled` counts bytes a thread keeps in local memory, `shared` bytes of shared memory a program has,
+    `widest_access` bits of the widest global load or store.
     """
 
     kernel: str
@@ -57,6 +59,22 @@ def resources(function: Callable[[], Any], target: str) -> list[Resources]:
     with _recorded_launches() as launches:
         function()
     return [_compile(kernel, arguments, options, target) for kernel, arguments, options in launches]
+
+
+def training_step(
+    channels: int = 256, size: int = 28, dtype: torch.dtype = torch.bfloat16, channels_last: bool = True
+) -> Callable[[], None]:
+    """Forward and backward of one SE block with a map (2, channels, size, size), for `resources`."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.empty(2, channels, size, size, dtype=dtype, memory_format=layout)
+    reduced = channels // 16
+    w1, b1, w2, b2 = (x.new_empty(shape) for shape in ((reduced, channels), reduced, (channels, reduced), channels))
+
+    def step() -> None:
+        y, q, z1, z2 = kernels.squeeze_excite(x, w1, b1, w2, b2, "relu", "sigmoid")
+        kernels.squeeze_excite_backward(y, x, w1, w2, q, z1, z2, "relu", "sigmoid")
+
+    return step
 
 
 Launch = tuple[JITFunction, dict[str, Any], dict[str, Any]]
@@ -122,7 +140,8 @@ def _registers(asm: dict[str, Any], target: str) -> tuple[int, int]:
 
 def _widest_access(asm: dict[str, Any], target: str) -> int:
     if target.startswith("gfx"):
-        found = re.findall(r"(?:global|buffer)_(?:load|store)_\w*?(?:dword(?:x(\d))?|b(\d+)|u?short|ubyte)\b", asm["amdgcn"])
+        access = r"(?:global|buffer)_(?:load|store)_\w*?(?:dword(?:x(\d))?|b(\d+)|u?short|ubyte)\b"
+        found = re.findall(access, asm["amdgcn"])
         return max((int(bits) if bits else 32 * int(words or 1) for words, bits in found), default=0)
     found = re.findall(r"\b(?:ld|st)\.global\S*?(?:\.v(\d))?\.[bu](\d+)", asm["ptx"])
     return max((int(bits) * int(lanes or 1) for lanes, bits in found), default=0)

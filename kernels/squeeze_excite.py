@@ -143,13 +143,14 @@ def _reduce(kernel: triton.JITFunction, x: Tensor, operands: list[Tensor], **fla
     tile = sweep_tile(x)
     blocks_c, tiles = triton.cdiv(channels, tile.block_c), triton.cdiv(height * width, tile.block_hw)
     tiles_per_split = triton.cdiv(tiles, reduction_splits(n * blocks_c, tiles, x.device))
-    splits = triton.cdiv(tiles, max(tiles_per_split, 1))
-    partial = x.new_empty((n, max(splits, 1), channels), dtype=torch.float32)
+    splits = max(triton.cdiv(tiles, max(tiles_per_split, 1)), 1)
+    partial = x.new_empty((n, splits, channels), dtype=torch.float32)
     # One program owns BLOCK_C channels of one image, over one of `splits` parts of the map.
-    grid = (n * partial.shape[1] * blocks_c,)
+    grid = (n * splits * blocks_c,)
     if grid[0]:
-        kernel[grid](*operands, partial, SPLITS=partial.shape[1], tiles_per_split=tiles_per_split, **_geometry(x, tile), **flags)
-    return partial.sum(1) if partial.shape[1] > 1 else partial[:, 0]
+        parts = {"SPLITS": splits, "tiles_per_split": tiles_per_split}
+        kernel[grid](*operands, partial, **parts, **_geometry(x, tile), **flags)
+    return partial.sum(1) if splits > 1 else partial[:, 0]
 
 
 def _map(kernel: triton.JITFunction, x: Tensor, operands: list[Tensor], **flags: str) -> None:

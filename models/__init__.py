@@ -3,8 +3,7 @@
 if __name__ != "setriton.models":
     raise ImportError("this folder is setriton.models; import it by that name")
 
-from . import resnet as _resnet
-from . import small_resnet as _small_resnet
+from . import resnet, small_resnet
 from .registry import create_model, list_models
 
-__all__ = ["create_model", "list_models"]
+__all__ = ["create_model", "list_models", "resnet", "small_resnet"]

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from setriton.functional import check_choice
@@ -105,10 +104,6 @@ def _make_block(
     if block is BasicBlock:
         return BasicBlock(in_chans, planes, stride, downsample, make_se)
     return Bottleneck(in_chans, planes, stride, downsample, make_se, stride_in_1x1=layout == "caffe")
-
-
-def _builder(block: type[BasicBlock] | type[Bottleneck], depths: Sequence[int], se: bool) -> functools.partial[ResNet]:
-    return functools.partial(ResNet, block, depths, se)
 
 
 for _depth, _block, _depths in (

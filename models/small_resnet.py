@@ -12,7 +12,7 @@ from .registry import register
 
 
 class PadShortcut(nn.Module):
-    """The shortcut without parameters (He et al., arXiv 1512.03385, option A): every second pixel, zeros for new channels."""
+    """The shortcut without parameters (arXiv 1512.03385, option A): every second pixel, zeros for new channels."""
 
     def __init__(self, new_chans: int) -> None:
         super().__init__()

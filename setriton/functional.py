@@ -1,5 +1,7 @@
 """The public functions: arguments checked, then the Triton op or the reference path, by device."""
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -50,10 +52,10 @@ def squeeze_excite(
     return reference.squeeze_excite(x, w1, b1, w2, b2, act, gate)
 
 
-def check_choice(name: str, value: object, choices: object) -> None:
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """ValueError unless value is one of choices."""
-    if value not in choices:  # type: ignore[operator]
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")  # type: ignore[call-overload]
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
 
 
 def _check_tensors(**tensors: Tensor | None) -> None:

@@ -1,11 +1,11 @@
 """The torch.library custom ops: one opaque boundary per SE block and direction.
 
-Forward and backward are an op each, with a fake of its own, so that torch.compile, export and selective checkpointing see
-two nodes. Custom ops rather than `triton_op`: those run their body on fake tensors, which pins layouts (2 copies of the
-feature map a block in a contiguous model) and writes a fusible producer once per kernel that reads it.
+Forward and backward are an op each, with a fake of its own, so that torch.compile, export and selective checkpointing
+see two nodes. Custom ops rather than `triton_op`: the latter cannot run in Triton's interpreter under torch.compile,
+writes a fusible producer once per kernel that reads it, and pins the layout of its inputs.
 
-Autocast: the ops take mixed dtypes, compute in float32 whatever the ambient mode, and return the dtype of x, as eager SE
-does; so no autocast rule is wanted, and the dispatcher's default, falling through, is right.
+Autocast: the ops take mixed dtypes, compute in float32 whatever the ambient mode, and return the dtype of x, as eager
+SE does; so the dispatcher's default for autocast, falling through, is the right rule.
 """
 
 import importlib.util
@@ -22,11 +22,11 @@ from . import reference
 from .kernels.layout import as_dense
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# The interpreter runs kernels on CPU tensors; Triton reads the variable when a kernel is decorated, so it is fixed by then.
+# The interpreter runs kernels on CPU tensors; Triton reads the variable once, when a kernel is decorated.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@torch.compiler.assume_constant_result  # torch.compile asks once, at trace time
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile asks once, at trace time
 def has_kernels(device_type: str) -> bool:
     """Whether Triton kernels run on this kind of device; warns once where only Triton itself is missing."""
     if device_type != "cuda" and not (device_type == "cpu" and INTERPRET):
@@ -83,8 +83,8 @@ def _(
     if INTERPRET and x.dtype in KERNEL_DTYPES:
         return squeeze_excite_backward._init_fn(dy, x, w1, w2, q, z1, z2, act, gate)
     x = as_dense(x)
-    dx, *rest = reference.squeeze_excite_backward(dy, x, w1, w2, q, z1, z2, act, gate)
-    return torch.empty_like(x).copy_(dx), *rest
+    dx, dw1, db1, dw2, db2 = reference.squeeze_excite_backward(dy, x, w1, w2, q, z1, z2, act, gate)
+    return torch.empty_like(x).copy_(dx), dw1, db1, dw2, db2
 
 
 @squeeze_excite_backward.register_fake

@@ -1,6 +1,6 @@
-"""The library's functions in plain PyTorch: the path of every device without Triton, and what kernels are tested against.
+"""The library's functions in plain PyTorch: the path of every device without Triton, and what kernels compute.
 
-Written so that Inductor can fuse them (autograd differentiates the forward), with the gradients in closed form beside it.
+Written so that Inductor can fuse them: autograd differentiates the forward; the closed-form gradients stand beside it.
 Notation as in Squeeze-and-Excitation Networks (arXiv 1709.01507), section 3: q is the squeezed map (eq. 2),
 z1 = W1 q + b1 and z2 = W2 act(z1) + b2 the pre-activations of the excitation (eq. 3), e = gate(z2) its output.
 """
@@ -57,8 +57,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def autocast_disabled(x: Tensor) -> contextlib.AbstractContextManager[None]:
     """Float32 stays float32 inside, whatever the caller's autocast; the meta device has no autocast to disable."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def squeeze_excite(

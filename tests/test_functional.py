@@ -8,7 +8,8 @@ from oracle import make_inputs
 
 import setriton
 
-GOOD = dict(zip(("x", "w1", "b1", "w2", "b2"), make_inputs(2, 8, 3, 4, 4, torch.float32, channels_last=False), strict=False))
+INPUTS = make_inputs(2, 8, 3, 4, 4, torch.float32, channels_last=False)
+GOOD = {name: getattr(INPUTS, name) for name in ("x", "w1", "b1", "w2", "b2")}
 
 
 @pytest.mark.parametrize(
@@ -16,10 +17,10 @@ GOOD = dict(zip(("x", "w1", "b1", "w2", "b2"), make_inputs(2, 8, 3, 4, 4, torch.
     [
         ({"x": [1.0]}, TypeError, r"x must be a tensor; got list"),
         ({"w1": None}, TypeError, r"w1 must be a tensor; got NoneType"),
-        ({"x": torch.ones(2, 8, 4, 4, dtype=torch.int32)}, TypeError, r"x must have a floating-point dtype; got torch.int32"),
+        ({"x": torch.ones(2, 8, 4, 4, dtype=torch.int32)}, TypeError, "floating-point dtype; got torch.int32"),
         ({"x": torch.ones(2, 8, 4, 4, dtype=torch.complex64)}, TypeError, r"x must have a floating-point dtype"),
         ({"x": torch.ones(8, 4, 4)}, ValueError, r"x must have shape \(N, C, H, W\); got \(8, 4, 4\)"),
-        ({"x": torch.ones(2, 9, 4, 4)}, ValueError, r"w1 must have shape \(R, C\) or \(R, C, 1, 1\) with C = 9; got \(3, 8"),
+        ({"x": torch.ones(2, 9, 4, 4)}, ValueError, r"w1 must have shape \(R, C\) or .* with C = 9; got \(3, 8"),
         ({"w1": torch.ones(3, 8, 3, 3)}, ValueError, r"w1 must have shape .* got \(3, 8, 3, 3\)"),
         ({"w1": torch.ones(0, 8)}, ValueError, r"w1 must have shape"),
         ({"w2": torch.ones(3, 8)}, ValueError, r"w2 must have shape \(C, R\) .* with R = 3 and C = 8; got \(3, 8\)"),

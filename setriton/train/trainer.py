@@ -20,7 +20,7 @@ from setriton.train.checkpoint import Checkpointer, is_finite
 from setriton.train.config import OptimizerConfig, TrainConfig
 from setriton.train.data import make_loader, open_data
 from setriton.train.distributed import World, errors_once, process_group, restart_count
-from setriton.train.evaluate import EvalResult, run_evaluation, validation_loader
+from setriton.train.evaluation import EvalResult, run_evaluation, validation_loader
 from setriton.train.export import ExportMetadata, export
 from setriton.train.files import write_atomically
 from setriton.train.meter import LossMeter, NonFiniteLoss, Sums
@@ -197,7 +197,7 @@ class Trainer:
             with precision_context(config.parallel, world.device):
                 logits = self.model(self.normalize(images)).float()
             loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
-            (loss / len(micro_batches)).backward()  # type: ignore[no-untyped-call]
+            (loss / len(micro_batches)).backward()
             self.meter.update(loss, logits, labels, step=self.step + 1)
         self.optimizer.step()
         self.step += 1

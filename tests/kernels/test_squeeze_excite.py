@@ -27,9 +27,7 @@ SHAPES = {
 }
 
 
-def fused(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: str, gate: str
-) -> Tensor:
+def fused(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: str, gate: str) -> Tensor:
     return squeeze_excite(x, w1, b1, w2, b2, act=act, gate=gate)
 
 

@@ -22,7 +22,12 @@ PUBLISHED = {
     "se_resnet152": (66_821_848, 151_424, 11_288_993_792, 11_520_204_800),
 }
 SMALL = {"resnet110": 1_727_962, "se_resnet110": 1_742_200}
-WITHOUT_SE_BIAS = {"se_resnet50": 28_071_976, "se_resnet101": 49_292_328, "se_resnet152": 66_770_984, "se_resnet110": 1_740_058}
+WITHOUT_SE_BIAS = {
+    "se_resnet50": 28_071_976,
+    "se_resnet101": 49_292_328,
+    "se_resnet152": 66_770_984,
+    "se_resnet110": 1_740_058,
+}
 
 
 def on_meta(name: str, **options: Any) -> nn.Module:
@@ -143,7 +148,7 @@ def test_list_models() -> None:
     [
         (lambda: create_model("seresnet50"), ValueError, "did you mean se_resnet50"),
         (lambda: create_model(50), TypeError, "name must be a string; got int"),
-        (lambda: create_model("resnet50", classes=3), TypeError, "resnet50 takes no option 'classes'; it takes num_classes"),
+        (lambda: create_model("resnet50", classes=3), TypeError, "takes no option 'classes'; it takes num_classes"),
         (lambda: create_model("resnet50", layout="nchw"), ValueError, "layout must be one of caffe, torch; got 'nchw'"),
         (lambda: create_model("resnet50", num_classes=0), ValueError, "num_classes must be at least 1; got 0"),
         (lambda: create_model("resnet20", in_chans=0), ValueError, "in_chans must be at least 1; got 0"),

@@ -1,17 +1,18 @@
 """SE as users write it, in float64 and in low precision, and how far from it fp32 arithmetic may lead.
 
-The bounds are those of a textbook rounding analysis (Higham, Accuracy and Stability of Numerical Algorithms, 3.1): a sum
-or product of n terms in fp32 is off by at most gamma(n) times the sum of the magnitudes of its terms. Nothing is tuned.
+The bounds are those of a textbook rounding analysis (Higham, Accuracy and Stability of Numerical Algorithms, 3.1): a
+sum or product of n terms in fp32 is off by at most gamma(n) times the sum of the magnitudes of its terms.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTS = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu, "identity": lambda z: z}
-GATES = {"sigmoid": torch.sigmoid, "hardsigmoid": lambda z: F.relu6(z + 3) / 6}
+ACTS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu, "identity": lambda z: z}
+GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "hardsigmoid": lambda z: F.relu6(z + 3) / 6}
 NAMES = ("y", "dx", "dw1", "db1", "dw2", "db2")
 U = 2.0**-24
 # exp, erf and a division or two: eight roundings are more than any of the functions takes.
@@ -63,7 +64,7 @@ def outputs(function: object, inputs: Inputs, act: str, gate: str) -> dict[str, 
 
 
 def double(inputs: Inputs) -> Inputs:
-    return Inputs(*(None if t is None else t.double().cpu() for t in inputs))
+    return Inputs(*(None if t is None else t.double().cpu() for t in inputs))  # type: ignore[arg-type]
 
 
 def gamma(n: int) -> float:

@@ -58,24 +58,21 @@ def short(config: TrainConfig) -> TrainConfig:
     )
 
 
-def launch_command(ranks: int, max_restarts: int = 0) -> list[str]:
-    """torchrun on a free port of its own choice."""
-    return [
-        *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--max-restarts={max_restarts}"),
-        *("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"),
-    ]
-
-
-def launch_environment(**variables: str) -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | variables
-
-
-Launch = Callable[..., "subprocess.CompletedProcess[str]"]
+@pytest.fixture
+def torchrun() -> list[str]:
+    """The start of a command line: torchrun, on a free port of its own choice."""
+    return [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
 
 
 @pytest.fixture
-def launch() -> Launch:
-    """launch(*arguments, ranks=2, max_restarts=0, script=WORKER, check=True, **environment) -> the finished process."""
+def rank_environment() -> dict[str, str]:
+    """One thread per rank, and gloo even where there are GPUs."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture
+def launch(torchrun: list[str], rank_environment: dict[str, str]) -> Callable[..., "subprocess.CompletedProcess[str]"]:
+    """launch(*arguments, ranks=2, max_restarts=0, script=WORKER, check=True, **environment): the finished torchrun."""
 
     def run(
         *arguments: object,
@@ -85,9 +82,14 @@ def launch() -> Launch:
         check: bool = True,
         **environment: str,
     ) -> "subprocess.CompletedProcess[str]":
-        command = [*launch_command(ranks, max_restarts), str(script), *map(str, arguments)]
+        command = [*torchrun, f"--nproc-per-node={ranks}", f"--max-restarts={max_restarts}", str(script)]
         process = subprocess.run(
-            command, env=launch_environment(**environment), capture_output=True, text=True, timeout=240, check=False
+            [*command, *map(str, arguments)],
+            env=rank_environment | environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
         )
         if check and process.returncode and KNOWN_EXIT_FLAKE not in process.stderr:
             raise AssertionError(f"exit {process.returncode}\n{process.stdout}\n{process.stderr}")
@@ -98,11 +100,7 @@ def launch() -> Launch:
 
 @pytest.fixture
 def arguments(config: TrainConfig) -> list[str]:
-    """The fixture `config` as arguments of worker.py."""
-    return command_line(config)
-
-
-def command_line(config: TrainConfig) -> list[str]:
+    """The fixture `config` for worker.py."""
     return [
         "digits",
         f"--model.drop-rate={config.model.drop_rate}",
@@ -116,16 +114,19 @@ def command_line(config: TrainConfig) -> list[str]:
         f"--checkpoint.every-steps={config.checkpoint.every_steps}",
         f"--batch-size={config.batch_size}",
         f"--log-every={config.log_every}",
-        f"--out={config.out}",
     ]
 
 
-def curve(out: Path) -> list[str]:
-    """metrics.csv without its two columns of time."""
-    return [line.rsplit(",", 2)[0] for line in (out / "metrics.csv").read_text().splitlines()]
+@pytest.fixture
+def assert_same_run() -> Callable[[Path, Path], None]:
+    """Two folders hold the same run bit for bit: weights, BatchNorm statistics, every loss and error of every epoch."""
 
+    def curve(out: Path) -> list[str]:
+        """metrics.csv without its last two columns, which are of time."""
+        return [line.rsplit(",", 2)[0] for line in (out / "metrics.csv").read_text().splitlines()]
 
-def assert_same_run(out: Path, reference: Path) -> None:
-    """Bit for bit: weights, BatchNorm statistics, and every loss and error of every epoch."""
-    assert curve(out) == curve(reference)
-    assert (out / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
+    def check(out: Path, reference: Path) -> None:
+        assert curve(out) == curve(reference)
+        assert (out / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
+
+    return check

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -17,10 +18,15 @@ from setriton.train import (
 )
 
 
+def untyped(value: str) -> Any:
+    """A value that type checkers refuse as well."""
+    return value
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ModelConfig(layout="keras"), "model.layout must be one of caffe, torch, got 'keras'"),
+        (lambda: ModelConfig(layout=untyped("keras")), "model.layout must be one of caffe, torch, got 'keras'"),
         (lambda: ModelConfig(drop_rate=1.0), r"model.drop_rate must be in \[0, 1\), got 1.0"),
         (lambda: DataConfig("cifar10"), "data.source must be one of digits, imagefolder, synthetic, got 'cifar10'"),
         (lambda: DataConfig("imagefolder"), "imagefolder needs a folder: imagefolder:PATH"),
@@ -34,11 +40,11 @@ from setriton.train import (
         (lambda: OptimizerConfig(momentum=1.0), r"optimizer.momentum must be in \[0, 1\)"),
         (lambda: OptimizerConfig(momentum=0.0, nesterov=True), "nesterov needs optimizer.momentum > 0"),
         (lambda: OptimizerConfig(weight_decay=-1.0), "optimizer.weight_decay must be at least 0, got -1.0"),
-        (lambda: ScheduleConfig("linear"), "schedule.kind must be one of step, cosine, got 'linear'"),
+        (lambda: ScheduleConfig(untyped("linear")), "schedule.kind must be one of step, cosine, got 'linear'"),
         (lambda: ScheduleConfig(epochs=0), "schedule.epochs must be at least 1, got 0"),
         (lambda: ScheduleConfig(epochs=5, warmup_epochs=5), r"schedule.warmup_epochs must be in \[0, 5\), got 5"),
-        (lambda: ParallelConfig(precision="fp8"), "parallel.precision must be one of fp32, bf16, got 'fp8'"),
-        (lambda: ParallelConfig(device="tpu"), "parallel.device must be one of auto, cpu, cuda, got 'tpu'"),
+        (lambda: ParallelConfig(precision=untyped("fp8")), "parallel.precision must be one of fp32, bf16, got 'fp8'"),
+        (lambda: ParallelConfig(device=untyped("tpu")), "parallel.device must be one of auto, cpu, cuda, got 'tpu'"),
         (lambda: ParallelConfig(accumulate=0), "parallel.accumulate must be at least 1, got 0"),
         (lambda: CheckpointConfig(keep=0), "checkpoint.keep must be at least 1, got 0"),
         (lambda: TrainConfig(batch_size=0), "batch_size must be at least 1, got 0"),

@@ -1,5 +1,7 @@
 """Order and augmentation depend on seed, epoch and image alone."""
 
+from itertools import chain
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -29,8 +31,8 @@ def global_batches(world_size: int, accumulate: int, *, first_step: int = 0) -> 
         )
         for rank in range(world_size)
     ]
-    micro_steps = [sum(chunks, []) for chunks in zip(*ranks, strict=True)]
-    return [sum(micro_steps[i : i + accumulate], []) for i in range(0, len(micro_steps), accumulate)]
+    micro_steps = [[*chain(*chunks)] for chunks in zip(*ranks, strict=True)]
+    return [[*chain(*micro_steps[i : i + accumulate])] for i in range(0, len(micro_steps), accumulate)]
 
 
 @pytest.mark.parametrize(("world_size", "accumulate"), [(2, 1), (4, 1), (1, 2), (1, 4), (2, 2), (8, 2)])
@@ -52,7 +54,7 @@ def test_resuming_continues_the_order(step: int) -> None:
 
 def test_an_epoch_holds_each_image_at_most_once_and_epochs_differ() -> None:
     batches = global_batches(1, 1)
-    epochs = [sum(batches[i : i + 3], []) for i in (0, 3)]
+    epochs = [[*chain(*batches[i : i + 3])] for i in (0, 3)]
     for number, keys in enumerate(epochs):
         assert {key.epoch for key in keys} == {number}
         assert len({key.image for key in keys}) == len(keys) == 48

@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 import tyro
+from torch import Tensor
 
 from setriton.recipes import RECIPES
-from setriton.train import checkpoint, train
+from setriton.train import checkpoint, files, train
 from setriton.train.trainer import Trainer
 
 
@@ -20,22 +21,22 @@ def inject(fault: str) -> None:
     action, rank, step = fault.split(":")
     if rank != os.environ.get("RANK", "0") or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         return
-    train_step, publish = Trainer.train_step, checkpoint.publish
+    train_step = Trainer.train_step
 
-    def faulty_step(trainer: Trainer, micro_batches: object) -> None:
+    def faulty_step(trainer: Trainer, micro_batches: list[tuple[Tensor, Tensor]]) -> None:
         if trainer.step == int(step):
             os.kill(os.getpid(), signal.SIGKILL if action == "kill" else signal.SIGTERM)
-        train_step(trainer, micro_batches)  # type: ignore[arg-type]
+        train_step(trainer, micro_batches)
 
     def faulty_publish(temporary: Path, final: Path) -> None:
         if final.name == f"step-{int(step):08}":
             os.kill(os.getpid(), signal.SIGKILL)
-        publish(temporary, final)
+        files.publish(temporary, final)
 
     if action == "kill-save":
-        checkpoint.publish = faulty_publish
+        checkpoint.publish = faulty_publish  # type: ignore[attr-defined]
     else:
-        Trainer.train_step = faulty_step  # type: ignore[method-assign]
+        Trainer.train_step = faulty_step  # type: ignore[assignment, method-assign]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,62 @@
+# Two commands from a bare clone: `make demo` and `make test`. Both make the virtual environment they need.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+INSTALLED = $(VENV)/installed
+# The interpreter of Triton 3.6, which torch 2.11 brings, breaks with NumPy 2.4.
+OLDEST = torch==2.11.0 torchvision==0.26.0 "numpy<2.4"
+CONSTRAINTS ?=
+# pytest's processes; each test has one core to itself.
+JOBS ?= 2
+RESULTS ?= bench/results
+DEMO ?=
+
+.PHONY: help install demo test test-oldest lint kernels gpu clean
+
+help:
+	@echo "make demo         train SE-ResNet-20 and its plain twin on real digits, draw their curves (minutes on two cores)"
+	@echo "make test         everything that needs no GPU: lint, types, kernels in Triton's interpreter, training, packaging"
+	@echo "make test-oldest  the same on torch 2.11, the oldest supported"
+	@echo "make gpu          on a machine with a GPU: tests on it, then benchmarks into $(RESULTS)/<device>/"
+	@echo "make clean        remove the environments and everything made here"
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	@echo "== making $(VENV) and installing (torch is 5 GB: minutes on a fast line)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable ".[dev]"
+	@touch $@
+
+demo: $(INSTALLED)
+	@echo "== training two networks on real images; results go to out/demo"
+	$(BIN)/python -m setriton demo $(DEMO)
+
+test: lint kernels
+	@echo "== reference path, networks, training under torchrun, command line, packaging"
+	$(BIN)/python -m pytest tests --ignore tests/kernels --numprocesses $(JOBS)
+
+kernels: $(INSTALLED)
+	@echo "== kernels, in Triton's interpreter on the CPU"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels --numprocesses $(JOBS)
+
+lint: $(INSTALLED)
+	@echo "== ruff and mypy"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS='$(OLDEST)'
+
+# Uses the Python that has the GPU build of torch; nothing is installed.
+gpu:
+	@echo "== kernels and GPU tests"
+	PYTHONPATH=$(PYTHONPATH) $(PYTHON) -m pytest tests/kernels tests/test_reference.py tests/test_modules.py
+	@echo "== benchmarks"
+	$(PYTHON) -m setriton bench ops $(if $(filter-out bench/results,$(RESULTS)),--out $(RESULTS))
+
+clean:
+	rm -rf .venv .venv-oldest build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

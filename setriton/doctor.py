@@ -1,0 +1,63 @@
+"""What this machine can do, found out by doing it."""
+
+import importlib.metadata
+import platform
+
+import torch
+from rich.table import Table
+
+from . import __version__, ops, reference
+from .functional import squeeze_excite
+
+OPTIONAL = ("triton", "torchvision", "timm", "tyro", "tensorboard", "safetensors", "matplotlib", "scikit-learn")
+
+
+def report() -> Table:
+    """A table of versions, devices, and the state of the kernels on each device."""
+    table = Table(title=f"setriton {__version__}", show_header=False, title_justify="left")
+    table.add_row("system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}")
+    table.add_row("torch", f"{torch.__version__}, CUDA {torch.version.cuda}, HIP {torch.version.hip}")
+    for package in OPTIONAL:
+        table.add_row(package, _version(package))
+    table.add_section()
+    devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
+    for device in devices:
+        table.add_row(_name(device), check_kernels(device))
+    table.add_section()
+    table.add_row("tile shapes", "picked from sizes alone: no tuned configurations are stored in this version")
+    return table
+
+
+def check_kernels(device: torch.device) -> str:
+    """Run squeeze_excite forward and backward on a device and compare it with float64: what ran, and how well."""
+    path = "Triton kernels" if ops.has_kernels(device.type) else "reference path (plain PyTorch)"
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((4, 64, 14, 14), (4, 64), (4,), (64, 4), (64,))
+    exact = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+    ours = [t.detach().to(device, torch.float32).requires_grad_() for t in exact]
+    x, w1, b1, w2, b2 = exact
+    want = reference.squeeze_excite(x, w1, b1, w2, b2, "relu", "sigmoid")
+    x, w1, b1, w2, b2 = ours
+    found = squeeze_excite(x, w1, b1, w2, b2)
+    pairs = [(found.detach(), want.detach())]
+    pairs += zip(
+        torch.autograd.grad(found.square().sum(), ours), torch.autograd.grad(want.square().sum(), exact), strict=True
+    )
+    error = max(float((a.cpu() - b).abs().max() / b.abs().max()) for a, b in pairs)
+    verdict = "right" if error < 1e-4 else "WRONG"
+    return f"{path}: {verdict}, {error:.0e} from float64, forward and gradients"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cpu":
+        return f"cpu ({torch.get_num_threads()} threads)"
+    properties = torch.cuda.get_device_properties(device)
+    gib = properties.total_memory / 2**30
+    return f"{device} {properties.name}, {properties.multi_processor_count} SMs, {gib:.0f} GiB"

@@ -83,6 +83,9 @@ class Checkpointer:
         self.run = run
         self.world = world
         self.last_step: int | None = None
+        if world.is_rank0:
+            for leftover in folder.glob("step-*.tmp"):
+                shutil.rmtree(leftover)
 
     @property
     def newest(self) -> Path | None:
@@ -170,8 +173,6 @@ class Checkpointer:
             shutil.rmtree(self.folder / _name(old), ignore_errors=True)
 
     def _select(self) -> Commit | None:
-        for leftover in self.folder.glob("step-*.tmp"):
-            shutil.rmtree(leftover)
         for step in sorted(_steps(self.folder), reverse=True):
             path = self.folder / _name(step)
             try:

@@ -77,8 +77,10 @@ def evaluate(
     path: str | Path,
     source: str | None = None,
     *,
+    image_size: int | None = None,
+    resize: int | None = None,
     batch_size: int = 256,
-    data: DataConfig | None = None,
+    workers: int = 0,
     parallel: ParallelConfig | None = None,
 ) -> EvalResult:
     """Evaluate an exported network; under torchrun, on all ranks together.
@@ -86,9 +88,11 @@ def evaluate(
     Args:
         path: model.safetensors as a run leaves it.
         source: validation images, as in `DataConfig.source`; unset: those that the network was trained with.
+        image_size: side of the network input, pixels; unset: as trained.
+        resize: shorter side before the centre crop; unset: image_size * 256 / 224.
         batch_size: images per rank and forward pass.
-        data: image size, resize and workers; unset: the size that the network was trained at.
-        parallel: device and precision.
+        workers: data loading processes per rank.
+        parallel: device and precision; unset: a GPU where there is one, fp32.
 
     Raises:
         FileNotFoundError: no such file or image folder.
@@ -100,13 +104,13 @@ def evaluate(
     with process_group(parallel) as world:
         with errors_once():
             model, metadata = load_exported(path)
-            data = data or DataConfig(image_size=metadata.image_size)
-            images = open_data(replace(data, source=source or metadata.source), val_only=True)
-            images = replace(images, mean=metadata.mean, std=metadata.std)
+            source = source or metadata.source
+            config = DataConfig(source, image_size=image_size or metadata.image_size, resize=resize, workers=workers)
+            data = replace(open_data(config, val_only=True), mean=metadata.mean, std=metadata.std)
             for name in ("num_classes", "in_chans"):
-                wanted, got = getattr(metadata, name), getattr(images, name)
+                wanted, got = getattr(metadata, name), getattr(data, name)
                 if wanted != got:
                     raise ValueError(f"{path} has {name} {wanted}, the images of {source} have {got}")
         model = parallelize(model.to(world.device), world.mesh, parallel)
-        loader = validation_loader(images, batch_size=batch_size, workers=data.workers, world=world)
-        return run_evaluation(model, loader, images, world=world, parallel=parallel)
+        loader = validation_loader(data, batch_size=batch_size, workers=workers, world=world)
+        return run_evaluation(model, loader, data, world=world, parallel=parallel)

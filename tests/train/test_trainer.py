@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from setriton.train import (
+    DataConfig,
     ModelConfig,
     NonFiniteError,
     ParallelConfig,
@@ -71,11 +72,19 @@ def test_the_exported_network_evaluates_to_the_same_error(short: TrainConfig) ->
     assert again.loss == pytest.approx(result.val_loss, rel=1e-6)
 
 
+def test_evaluation_takes_the_size_and_the_images_of_training(short: TrainConfig) -> None:
+    data = DataConfig("synthetic:64", image_size=32)
+    result = train(replace(short, data=data, batch_size=32))
+    again = evaluate(short.out / "model.safetensors", parallel=short.parallel)
+    assert (again.images, again.error_top5) == (7, result.val_error_top5)
+    assert again.loss == pytest.approx(result.val_loss, rel=1e-5)
+
+
 def test_evaluation_refuses_what_does_not_fit(short: TrainConfig, tmp_path: Path) -> None:
     train(short)
     path = short.out / "model.safetensors"
     with pytest.raises(ValueError, match=r"has num_classes 10, the images of synthetic:20 have 1000"):
-        evaluate(path, "synthetic:20")
+        evaluate(path, "synthetic:20", image_size=32)
     with pytest.raises(FileNotFoundError, match="no exported network"):
         evaluate(tmp_path / "nothing.safetensors")
     garbage = tmp_path / "garbage.safetensors"

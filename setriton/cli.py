@@ -1,6 +1,7 @@
 """The command line. Each command imports what it needs when it runs, and answers wrong input with one line."""
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,14 +37,15 @@ def train(arguments: Sequence[str]) -> int:
 
 def evaluate(arguments: Sequence[str]) -> int:
     """Loss and errors of a trained network (model.safetensors) on validation images."""
-    from .train import DataConfig, ParallelConfig
+    from .train import ParallelConfig
     from .train import evaluate as run
 
     def command(
         path: Annotated[Path, _positional()],
         source: str | None = None,
-        batch_size: int = 256,
         image_size: int | None = None,
+        resize: int | None = None,
+        batch_size: int = 256,
         workers: int = 0,
         precision: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
@@ -52,13 +54,21 @@ def evaluate(arguments: Sequence[str]) -> int:
         Args:
             path: model.safetensors as a training run leaves it.
             source: digits, imagefolder:PATH or synthetic; unset, the images it was trained with.
-            batch_size: images per rank and forward pass.
             image_size: side of the input in pixels; unset, what it was trained with.
+            resize: shorter side before the centre crop; unset, image_size * 256 / 224.
+            batch_size: images per rank and forward pass.
             workers: data loading processes per rank.
             precision: fp32, or bf16 autocast.
         """
-        data = None if image_size is None else DataConfig(image_size=image_size, workers=workers)
-        result = run(path, source, batch_size=batch_size, data=data, parallel=ParallelConfig(precision=precision))
+        result = run(
+            path,
+            source,
+            image_size=image_size,
+            resize=resize,
+            batch_size=batch_size,
+            workers=workers,
+            parallel=ParallelConfig(precision=precision),
+        )
         top5 = "" if result.error_top5 is None else f", top-5 error {result.error_top5:.2f} %"
         if _is_rank0():
             print(f"{result.images} images: loss {result.loss:.4f}, top-1 error {result.error_top1:.2f} %{top5}")
@@ -111,8 +121,8 @@ def curves(arguments: Sequence[str]) -> int:
 
 
 def bench(arguments: Sequence[str]) -> int:
-    """Benchmarks: `bench ops` times kernels on this GPU, `bench resources` compiles them for others."""
-    kinds: dict[str, Callable[[Sequence[str]], int]] = {"ops": _bench_ops, "resources": _bench_resources}
+    """Benchmarks: `ops` times kernels on this GPU; `resources`, `traffic`: what they need and move, without one."""
+    kinds = {"ops": _bench_ops, "resources": _bench_resources, "traffic": _bench_traffic}
     if not arguments or arguments[0] not in kinds:
         raise ValueError(f"bench wants one of {', '.join(kinds)}; got {arguments[0] if arguments else 'nothing'!r}")
     return kinds[arguments[0]](arguments[1:])
@@ -153,6 +163,39 @@ def _bench_resources(arguments: Sequence[str]) -> int:
         _print(table)
 
     return _call("bench resources", command, arguments)
+
+
+def _bench_traffic(arguments: Sequence[str]) -> int:
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        # Triton decides at import whether kernels are compiled or interpreted.
+        again = [sys.executable, "-m", "setriton", "bench", "traffic", *arguments]
+        return subprocess.run(again, env=os.environ | {"TRITON_INTERPRET": "1"}).returncode
+    from .bench.traffic import squeeze_excite_traffic
+
+    def command(n: int = 2, channels: int = 64, size: int = 16, l2_mib: int = 50) -> None:
+        """Passes over the feature map that squeeze_excite makes in bfloat16, counted in Triton's interpreter.
+
+        Args:
+            n: images.
+            channels: channels of the map.
+            size: its height and width; small ones take seconds, and O(N*C) terms weigh more in them.
+            l2_mib: the modelled L2 cache, MiB.
+        """
+        from rich.table import Table
+
+        if min(n, channels, size, l2_mib) < 1:
+            raise ValueError(f"n, channels, size and l2_mib must be at least 1; got {(n, channels, size, l2_mib)}")
+        table = Table("layout", "direction", "launches", "passes", "passes to HBM")
+        for layout in ("channels_last", "contiguous"):
+            x, *both = squeeze_excite_traffic(
+                n, channels, size, channels_last=layout == "channels_last", l2_bytes=l2_mib * 2**20
+            )
+            for direction, traffic in zip(("forward", "backward"), both, strict=True):
+                passes = f"{traffic.passes(x):.2f}", f"{traffic.hbm_passes(x):.2f}"
+                table.add_row(layout, direction, str(len(traffic.launches)), *passes)
+        _print(table)
+
+    return _call("bench traffic", command, arguments)
 
 
 def doctor(arguments: Sequence[str]) -> int:

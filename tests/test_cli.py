@@ -29,7 +29,7 @@ def setriton(*arguments: str | Path, **environment: str) -> subprocess.Completed
         (["models", "vgg*"], "no network matches 'vgg*'"),
         (["curves"], "runs must name at least one training run"),
         (["curves", "nowhere"], "nowhere holds no metrics.csv"),
-        (["bench"], "bench wants one of ops, resources; got 'nothing'"),
+        (["bench"], "bench wants one of ops, resources, traffic; got 'nothing'"),
         (["bench", "resources", "--targets", "sm_10"], "target must be one of sm_80"),
         (["evaluate", "nowhere.safetensors"], "no exported network nowhere.safetensors"),
         (["evaluate", "README.md"], "README.md is not a safetensors file"),

@@ -165,6 +165,11 @@ class CheckpointConfig:
         _require_at_least("checkpoint.every_steps", self.every_steps, 0)
         _require_at_least("checkpoint.keep", self.keep, 1)
 
+    def is_due(self, step: int, steps_per_epoch: int) -> bool:
+        """Whether to save once `step` steps are done."""
+        by_steps = self.every_steps > 0 and step % self.every_steps == 0
+        return by_steps or (self.every_epochs > 0 and step % (self.every_epochs * steps_per_epoch) == 0)
+
 
 @dataclass(frozen=True)
 class TrainConfig:

@@ -2,22 +2,18 @@
 
 import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from setriton.models import create_model
 from setriton.train.batchnorm import sync_batch_norm_stats
 from setriton.train.checkpoint import Checkpointer, is_finite
-from setriton.train.config import OptimizerConfig, TrainConfig
+from setriton.train.config import TrainConfig
 from setriton.train.data import make_loader, open_data
 from setriton.train.distributed import World, errors_once, process_group, restart_count
 from setriton.train.evaluation import EvalResult, run_evaluation, validation_loader
@@ -25,9 +21,11 @@ from setriton.train.export import ExportMetadata, export
 from setriton.train.files import write_atomically
 from setriton.train.meter import LossMeter, NonFiniteLoss, Sums
 from setriton.train.metrics import EpochMetrics, MetricsLogger, RunLogger
+from setriton.train.optimizer import make_optimizer
 from setriton.train.parallelize import parallelize, precision_context, set_gradient_sync
 from setriton.train.sampler import TrainSampler, stable_seed
 from setriton.train.schedule import learning_rate
+from setriton.train.signals import StopRequest
 
 
 class NonFiniteError(RuntimeError):
@@ -70,22 +68,6 @@ def train(config: TrainConfig) -> TrainResult:
         with errors_once():
             trainer = Trainer(config, world)
         return trainer.run()
-
-
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.SGD:
-    """SGD over all parameters; without `decay_norm_and_bias`, vectors (BatchNorm, biases) are not decayed."""
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    others = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    return torch.optim.SGD(
-        [
-            {"params": others, "weight_decay": config.weight_decay},
-            {"params": vectors, "weight_decay": config.weight_decay if config.decay_norm_and_bias else 0.0},
-        ],
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        foreach=True,  # fused has no sharding rule for DTensor
-    )
 
 
 class Trainer:
@@ -134,7 +116,7 @@ class Trainer:
         self.epoch_sums = Sums()
         self.step = self._restore()
         self.logger = MetricsLogger()
-        self.stop_requested = False
+        self.stop = StopRequest()
 
     def run(self) -> TrainResult:
         """Train to the end, or to a request to stop."""
@@ -142,12 +124,14 @@ class Trainer:
         if world.is_rank0:
             config.out.mkdir(parents=True, exist_ok=True)
             write_atomically(config.out / "config.json", _to_json(asdict(config)))
+            # There means complete, for whoever has to decide whether to start the run again.
+            (config.out / "result.json").unlink(missing_ok=True)
             self.logger = RunLogger(
                 config.out, step=self.step, steps_per_epoch=self.sampler.steps_per_epoch, epochs=config.schedule.epochs
             )
         first_step, started = self.step, time.monotonic()
         try:
-            with self._stop_on_signals():
+            with self.stop.listening():
                 evaluation, training_seconds = self._train_epochs()
         finally:
             self.logger.close()
@@ -174,7 +158,8 @@ class Trainer:
             if world.is_rank0:
                 write_atomically(config.out / "result.json", _to_json(asdict(result)))
         else:
-            world.say(f"stopped after step {self.step}, saved; the same command with --resume goes on from there")
+            newest = self.checkpointer.newest or "the beginning: nothing could be saved"
+            world.say(f"stopped after step {self.step}; the same command with --resume goes on from {newest}")
         return result
 
     def train_step(self, micro_batches: list[tuple[Tensor, Tensor]]) -> None:
@@ -208,11 +193,12 @@ class Trainer:
         batches = replace(self.sampler, first_step=self.step)
         loader = iter(make_loader(self.data.train, batches, workers=config.data.workers, device=world.device))
         evaluation, training_seconds, stop = None, 0.0, False
+        steps_per_epoch = self.sampler.steps_per_epoch
         started = time.monotonic()
         while self.step < self.sampler.last_step and not stop:
             self.train_step([next(loader) for _ in range(config.parallel.accumulate)])
-            epoch_ends = self.step % self.sampler.steps_per_epoch == 0
-            save = self._is_save_due(epoch_ends)
+            epoch_ends = self.step % steps_per_epoch == 0
+            save = self.step == self.sampler.last_step or config.checkpoint.is_due(self.step, steps_per_epoch)
             if not (save or epoch_ends or self.step % config.log_every == 0):
                 continue
             stop, seconds = self._log_step(started)
@@ -225,20 +211,11 @@ class Trainer:
             started = time.monotonic()
         return evaluation, training_seconds
 
-    def _is_save_due(self, epoch_ends: bool) -> bool:
-        every_epochs, every_steps = self.config.checkpoint.every_epochs, self.config.checkpoint.every_steps
-        epoch = self.step // self.sampler.steps_per_epoch
-        return (
-            self.step == self.sampler.last_step
-            or (epoch_ends and every_epochs > 0 and epoch % every_epochs == 0)
-            or (every_steps > 0 and self.step % every_steps == 0)
-        )
-
     def _log_step(self, started: float) -> tuple[bool, float]:
         """Whether a rank was asked to stop, and the seconds since `started`."""
         try:
             # The clock is read again after the reduction, which waits for the device.
-            interval, stop = self.meter.reduce(stop=self.stop_requested)
+            interval, stop = self.meter.reduce(stop=self.stop.received)
         except NonFiniteLoss as error:
             self._abort(f"the loss of step {error.step} is not finite")
         interval.seconds = time.monotonic() - started
@@ -322,24 +299,6 @@ class Trainer:
             mean=self.data.mean,
             std=self.data.std,
         )
-
-    @contextmanager
-    def _stop_on_signals(self) -> Iterator[None]:
-        """Handlers only take a note: a collective started inside one would meet the others' at an arbitrary point."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def request_stop(*_: object) -> None:
-            self.stop_requested = True
-
-        signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-        previous = {number: signal.signal(number, request_stop) for number in signals}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
 
 def _to_json(fields: dict[str, object]) -> bytes:

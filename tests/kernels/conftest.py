@@ -1,12 +1,11 @@
 """Kernel tests run on the GPU where there is one, else in Triton's interpreter (TRITON_INTERPRET=1) on the CPU."""
 
-import os
 from typing import Any
 
 import pytest
 import torch
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+from setriton.ops import INTERPRET
 
 if INTERPRET:
     import triton.language as tl

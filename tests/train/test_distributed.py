@@ -97,7 +97,7 @@ def test_sigterm_to_torchrun_saves_what_there_is(
             time.sleep(0.1)
         agent.send_signal(signal.SIGTERM)
         stdout, stderr = agent.communicate(timeout=60)
-    assert "saved; the same command with --resume goes on" in stdout, stderr
+    assert "the same command with --resume goes on from" in stdout, stderr
     assert not (out / "result.json").exists()
     saved = max(int(path.name.removeprefix("step-")) for path in out.glob("checkpoints/step-????????"))
     epochs = saved // 11 + 1

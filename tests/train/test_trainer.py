@@ -23,7 +23,8 @@ from setriton.train import (
     train,
 )
 from setriton.train import trainer as trainer_module
-from setriton.train.trainer import Trainer, make_optimizer
+from setriton.train.optimizer import make_optimizer
+from setriton.train.trainer import Trainer
 
 SameRun = Callable[[Path, Path], None]
 
@@ -99,13 +100,17 @@ def test_evaluation_refuses_what_does_not_fit(short: TrainConfig, tmp_path: Path
 
 
 @pytest.mark.parametrize("step", [5, 13])
-def test_a_stopped_run_goes_on_where_it_was(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+def test_a_stopped_run_goes_on_where_it_was(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], step: int
+) -> None:
     with monkeypatch.context() as patch:
         before_step(patch, step, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
         stopped = train(config)
     assert not stopped.completed
     assert stopped.steps == step + 1
     assert not (config.out / "result.json").exists()
+    wanted = f"stopped after step {step + 1}; the same command with --resume goes on from {config.out}"
+    assert wanted in capsys.readouterr().out
     assert train(replace(config, resume=True)).completed
 
 

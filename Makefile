@@ -9,8 +9,11 @@ OLDEST = torch==2.11.0 torchvision==0.26.0 "numpy<2.4"
 CONSTRAINTS ?=
 # pytest's processes; each test has one core to itself.
 JOBS ?= 2
-RESULTS ?= bench/results
+# Options of the demonstration, such as DEMO="--epochs 5".
 DEMO ?=
+# Folder of make gpu's results; unset, bench/results/<device>.
+RESULTS ?=
+GPU_RESULTS = $(if $(RESULTS),__import__('pathlib').Path('$(RESULTS)'),None)
 
 .PHONY: help install demo test test-oldest lint kernels gpu clean
 
@@ -18,7 +21,7 @@ help:
 	@echo "make demo         train SE-ResNet-20 and its plain twin on real digits, draw their curves (minutes on two cores)"
 	@echo "make test         everything that needs no GPU: lint, types, kernels in Triton's interpreter, training, packaging"
 	@echo "make test-oldest  the same on torch 2.11, the oldest supported"
-	@echo "make gpu          on a machine with a GPU: tests on it, then benchmarks into $(RESULTS)/<device>/"
+	@echo "make gpu          on a machine with a GPU: tests on it, then benchmarks into bench/results/<device>/"
 	@echo "make clean        remove the environments and everything made here"
 
 install: $(INSTALLED)
@@ -51,12 +54,20 @@ lint: $(INSTALLED)
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS='$(OLDEST)'
 
-# Uses the Python that has the GPU build of torch; nothing is installed.
+# A machine lent for its GPU often has torch and no package index: then its own Python serves, and hubconf.py, which finds
+# the package in a checkout, stands in for an installation.
+HAS_TORCH = $(shell $(PYTHON) -c "import torch; print(1)" 2>/dev/null)
+GPU_PYTHON = PYTHONPATH=.:$$PYTHONPATH $(if $(HAS_TORCH),$(PYTHON),$(BIN)/python)
+
 gpu:
-	@echo "== kernels and GPU tests"
-	PYTHONPATH=$(PYTHONPATH) $(PYTHON) -m pytest tests/kernels tests/test_reference.py tests/test_modules.py
+	$(if $(HAS_TORCH),,@$(MAKE) --no-print-directory install)
+	@$(GPU_PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu needs a GPU; torch sees none')"
+	@echo "== this machine"
+	$(GPU_PYTHON) -c "import hubconf; from rich import print; from setriton.doctor import report; print(report())"
+	@echo "== kernels and training on the GPU"
+	$(GPU_PYTHON) -m pytest -p hubconf tests/kernels tests/train/test_gpu.py
 	@echo "== benchmarks"
-	$(PYTHON) -m setriton bench ops $(if $(filter-out bench/results,$(RESULTS)),--out $(RESULTS))
+	$(GPU_PYTHON) -c "import hubconf; from setriton.bench.ops import run; print(*run((32, 128), $(GPU_RESULTS)), sep='\n')"
 
 clean:
 	rm -rf .venv .venv-oldest build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

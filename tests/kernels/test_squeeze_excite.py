@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import ACTS, GATES, Inputs, assert_no_worse_than_eager, make_inputs, naive_squeeze_excite, outputs
 from torch import Tensor
@@ -55,18 +55,17 @@ def test_every_shape(
     assert_no_worse_than_eager(fused, on(device, inputs), "relu", "sigmoid")
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     n=st.integers(0, 3), c=st.integers(1, 70), r=st.integers(1, 20), h=st.integers(1, 9), w=st.integers(1, 9),
     channels_last=st.booleans(), bias=st.booleans(), dtype=st.sampled_from(DTYPES), act=st.sampled_from(sorted(ACTS)),
     seed=st.integers(0, 2**31),
 )  # fmt: skip
 def test_any_shape(
-    n: int, c: int, r: int, h: int, w: int, channels_last: bool, bias: bool, dtype: torch.dtype, act: str, seed: int,
+    device: torch.device, n: int, c: int, r: int, h: int, w: int, channels_last: bool, bias: bool, dtype: torch.dtype, act: str, seed: int,
 ) -> None:  # fmt: skip
     inputs = make_inputs(n, c, r, h, w, dtype, channels_last=channels_last, bias=bias, seed=seed)
-    target = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    assert_no_worse_than_eager(fused, on(target, inputs), act, "sigmoid")
+    assert_no_worse_than_eager(fused, on(device, inputs), act, "sigmoid")
 
 
 @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])

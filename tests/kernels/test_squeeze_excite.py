@@ -62,7 +62,8 @@ def test_every_shape(
     seed=st.integers(0, 2**31),
 )  # fmt: skip
 def test_any_shape(
-    device: torch.device, n: int, c: int, r: int, h: int, w: int, channels_last: bool, bias: bool, dtype: torch.dtype, act: str, seed: int,
+    device: torch.device, n: int, c: int, r: int, h: int, w: int,
+    channels_last: bool, bias: bool, dtype: torch.dtype, act: str, seed: int,
 ) -> None:  # fmt: skip
     inputs = make_inputs(n, c, r, h, w, dtype, channels_last=channels_last, bias=bias, seed=seed)
     assert_no_worse_than_eager(fused, on(device, inputs), act, "sigmoid")

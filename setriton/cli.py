@@ -18,15 +18,24 @@ def train(arguments: Sequence[str]) -> int:
     import tyro
 
     from .recipes import RECIPES
-    from .train import NonFiniteError
+    from .train import NonFiniteError, TrainConfig
     from .train import train as run
 
-    config = tyro.extras.overridable_config_cli(
-        RECIPES,
-        prog="setriton train",
-        args=list(arguments),
+    if not arguments or arguments[0] in ("-h", "--help"):
+        recipes = [f"  {name:<16} {description}" for name, (description, _) in RECIPES.items()]
+        print("\n".join(["usage: setriton train RECIPE [options]", "", *recipes, "", "Options: train RECIPE --help"]))
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in RECIPES:
+        raise ValueError(f"RECIPE must be one of {', '.join(RECIPES)}; got {name!r}")
+    description, default = RECIPES[name]
+    config = tyro.cli(
+        TrainConfig,
+        default=default,
+        description=description,
+        prog=f"setriton train {name}",
+        args=rest,
         console_outputs=_is_rank0(),
-        config=(tyro.conf.AvoidSubcommands,),
     )
     try:
         run(config)
@@ -272,8 +281,8 @@ def _usage() -> str:
 
 
 def _fail(name: str, error: BaseException, status: int = 2) -> int:
-    if _is_rank0():
-        print(f"setriton {name}: error: {error}", file=sys.stderr)
+    # On every rank: what all ranks meet alike is held back on the others, what one rank meets alone is worth reading.
+    print(f"setriton {name}: error: {error}", file=sys.stderr)
     return status
 
 

@@ -1,9 +1,12 @@
 """The command line. Each command imports what it needs when it runs, and answers wrong input with one line."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,14 +32,10 @@ def train(arguments: Sequence[str]) -> int:
     if name not in RECIPES:
         raise ValueError(f"RECIPE must be one of {', '.join(RECIPES)}; got {name!r}")
     description, default = RECIPES[name]
-    config = tyro.cli(
-        TrainConfig,
-        default=default,
-        description=description,
-        prog=f"setriton train {name}",
-        args=rest,
-        console_outputs=_is_rank0(),
-    )
+    with _rank_0_speaks():
+        config = tyro.cli(
+            TrainConfig, default=default, description=description, prog=f"setriton train {name}", args=rest
+        )
     try:
         run(config)
     except NonFiniteError as error:
@@ -284,6 +283,20 @@ def _fail(name: str, error: BaseException, status: int = 2) -> int:
     # On every rank: what all ranks meet alike is held back on the others, what one rank meets alone is worth reading.
     print(f"setriton {name}: error: {error}", file=sys.stderr)
     return status
+
+
+@contextlib.contextmanager
+def _rank_0_speaks() -> Iterator[None]:
+    """For parsing, in which all ranks fail alike: one message, and torchrun ends no rank before it is out."""
+    if _is_rank0():
+        yield
+        return
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    except SystemExit:
+        time.sleep(5)
+        raise
 
 
 def _is_rank0() -> bool:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,9 +36,11 @@ def run(out: Path, ranks: int | None = None, epochs: int | None = None) -> None:
     console = Console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ranks = ranks or max(torch.cuda.device_count(), 1 if device.type == "cuda" else 2)
-    console.print(f"[bold]kernels[/bold] on {device.type}: {check_kernels(device)}")
+    console.print(f"[bold]squeeze_excite[/bold] on {device.type}: {check_kernels(device)}", soft_wrap=True)
     if device.type == "cpu":
-        console.print("No GPU here: SE runs in plain PyTorch; the Triton kernels are what a GPU would run.")
+        console.print(
+            "No GPU here, so SE runs in plain PyTorch; on a GPU it would be the Triton kernels.", soft_wrap=True
+        )
     for network in NETWORKS:
         console.print(f"\n[bold]{network}[/bold] on 1,797 handwritten digits, {ranks} FSDP ranks")
         _train(network, out / network, ranks, epochs)
@@ -66,7 +69,8 @@ def _train(network: str, out: Path, ranks: int, epochs: int | None) -> None:
     command += ["-m", "setriton", "train", "digits", "--model.name", network, "--out", str(out), "--resume"]
     if epochs is not None:
         command += ["--schedule.epochs", str(epochs)]
-    if subprocess.run(command).returncode and not (out / "result.json").is_file():
+    # One thread a rank: torchrun would choose that too, with a warning.
+    if subprocess.run(command, env={"OMP_NUM_THREADS": "1"} | os.environ).returncode:
         raise RuntimeError(f"training {network} failed; the same command goes on where it stopped")
 
 

@@ -40,7 +40,8 @@ def draw_curves(runs: Mapping[str, Path], out: Path) -> None:
     axes.plot([], [], color="grey", linestyle="--", linewidth=1.2, label="training (augmented images)")
     axes.plot([], [], color="grey", linewidth=2, label="validation")
     # Errors span two decades within a run: a linear axis would hide everything after the first epochs.
-    axes.set_yscale("log")
+    axes.set_yscale("log", nonpositive="clip")
+    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
     axes.yaxis.set_minor_formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(2, 0.5)))
     axes.set(xlabel="epoch", ylabel="error (%)")

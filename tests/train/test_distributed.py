@@ -118,7 +118,7 @@ import torch
 from torch import nn
 from setriton.train import NonFiniteError, ParallelConfig
 from setriton.train.batchnorm import sync_batch_norm_stats
-from setriton.train.distributed import process_group
+from setriton.train.distributed import leave, process_group
 from setriton.train.meter import LossMeter, NonFiniteLoss
 
 with process_group(ParallelConfig(device="cpu")) as world:
@@ -146,6 +146,7 @@ with process_group(ParallelConfig(device="cpu")) as world:
     else:
         raise AssertionError("the NaN of rank 1 must be seen by all")
     print(f"rank {world.rank} done")
+leave(0)
 """
 
 

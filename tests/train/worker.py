@@ -14,6 +14,7 @@ from torch import Tensor
 
 from setriton.recipes import RECIPES
 from setriton.train import checkpoint, files, train
+from setriton.train.distributed import leave
 from setriton.train.trainer import Trainer
 
 
@@ -43,3 +44,4 @@ if __name__ == "__main__":
     if "FAULT" in os.environ:
         inject(os.environ["FAULT"])
     train(tyro.extras.overridable_config_cli(RECIPES, args=sys.argv[1:]))
+    leave(0)

@@ -30,7 +30,8 @@ $(INSTALLED): pyproject.toml
 	@echo "== making $(VENV) and installing (torch is 5 GB: minutes on a fast line)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable ".[dev]"
+	@# setuptools warns of every editable install whose folders are mapped, as kernels/, models/ and bench/ are here.
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable ".[dev]"
 	@touch $@
 
 demo: $(INSTALLED)

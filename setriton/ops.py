@@ -8,6 +8,7 @@ Autocast: the ops take mixed dtypes, compute in float32 whatever the ambient mod
 SE does; so the dispatcher's default for autocast, falling through, is the right rule.
 """
 
+import functools
 import importlib.util
 import os
 import warnings
@@ -28,11 +29,14 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile asks once, at trace time
 def has_kernels(device_type: str) -> bool:
-    """Whether Triton kernels run on this kind of device; warns once where only Triton itself is missing."""
-    if device_type != "cuda" and not (device_type == "cpu" and INTERPRET):
-        return False
+    """Whether Triton kernels run on this kind of device; warns, once, where only Triton itself is missing."""
+    return (device_type == "cuda" or (device_type == "cpu" and INTERPRET)) and _triton_is_installed()
+
+
+@functools.cache
+def _triton_is_installed() -> bool:
     if importlib.util.find_spec("triton") is None:
-        warnings.warn("setriton: Triton is not installed; running the slower PyTorch reference path", stacklevel=2)
+        warnings.warn("setriton: Triton is not installed; running the slower PyTorch reference path", stacklevel=3)
         return False
     return True
 

@@ -157,6 +157,7 @@ class Trainer:
             export(self.model, config.out / "model.safetensors", self._metadata())
             if world.is_rank0:
                 write_atomically(config.out / "result.json", _to_json(asdict(result)))
+            world.say(f"finished after {result.epochs} epochs; weights, metrics and result.json are in {config.out}")
         else:
             newest = self.checkpointer.newest or "the beginning: nothing could be saved"
             world.say(f"stopped after step {self.step}; the same command with --resume goes on from {newest}")

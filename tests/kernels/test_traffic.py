@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from setriton.bench.traffic import Traffic, measure_traffic, squeeze_excite_traffic
+from setriton.bench.traffic import LINE, Traffic, measure_traffic, squeeze_excite_traffic
 from setriton.ops import INTERPRET
 
 pytestmark = pytest.mark.skipif(not INTERPRET, reason="traffic is counted in the interpreter")
@@ -60,5 +60,7 @@ def _copy_twice_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr):
 def test_cache_model(l2_bytes: int, loaded: int, stored: int) -> None:
     x, y = torch.randn(1024), torch.empty(1024)
     traffic = measure_traffic(lambda: _copy_twice_kernel[(1,)](x, y, 1024, BLOCK=256), l2_bytes)
-    assert (traffic.hbm_loaded / x.nbytes, traffic.hbm_stored / x.nbytes) == pytest.approx((loaded, stored), abs=0.04)
+    line_more_each_time = 2 * LINE / x.nbytes  # where a tensor does not start at a line
+    assert traffic.hbm_loaded / x.nbytes == pytest.approx(loaded, abs=line_more_each_time)
+    assert traffic.hbm_stored / x.nbytes == pytest.approx(stored, abs=line_more_each_time)
     assert traffic.requested == 4 * x.nbytes

@@ -5,23 +5,23 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from types import ModuleType
-from typing import ClassVar
+from collections.abc import Sequence as _Sequence
+from pathlib import Path as _Path
+from types import ModuleType as _ModuleType
+from typing import ClassVar as _ClassVar
 
 dependencies = ["torch"]
 
-ROOT = Path(__file__).resolve().parent
+_ROOT = _Path(__file__).resolve().parent
 
 
 class _FolderFinder(importlib.abc.MetaPathFinder):
     """Finds setriton.kernels, .models and .bench, which stand beside setriton/ and are put below it by an install."""
 
-    folders: ClassVar = {f"setriton.{name}": ROOT / name for name in ("kernels", "models", "bench")}
+    folders: _ClassVar = {f"setriton.{name}": _ROOT / name for name in ("kernels", "models", "bench")}
 
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+        self, fullname: str, path: _Sequence[str] | None, target: _ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname not in self.folders:
             return None
@@ -31,9 +31,11 @@ class _FolderFinder(importlib.abc.MetaPathFinder):
         )
 
 
-sys.meta_path.append(_FolderFinder())
+if not any(type(finder).__name__ == _FolderFinder.__name__ for finder in sys.meta_path):
+    sys.meta_path.append(_FolderFinder())
 
-from setriton.models import create_model, list_models  # noqa: E402
+import setriton.models as _models  # noqa: E402
 
-for _name in list_models():
-    globals()[_name] = functools.partial(create_model, _name)
+# torch.hub lists every public callable of this module: these and nothing else.
+for _name in _models.list_models():
+    globals()[_name] = functools.partial(_models.create_model, _name)

@@ -18,7 +18,7 @@ def environment() -> dict[str, str]:
         "torch": torch.__version__,
         "triton": _triton_version(),
         "setriton": setriton.__version__,
-        "commit": _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
+        "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }
 
@@ -26,6 +26,12 @@ def environment() -> dict[str, str]:
 def results_folder(device: str) -> Path:
     """Where results of a device go: bench/results/<device>, its name in lower case with dashes."""
     return Path("bench", "results", "-".join(device.lower().split()))
+
+
+def _commit() -> str:
+    """Of the checkout this file stands in; an installed package stands in none, or in somebody else's."""
+    root = Path(__file__).resolve().parents[1]
+    return _output("git", "-C", str(root), "describe", "--always", "--dirty") if (root / ".git").exists() else "unknown"
 
 
 def _triton_version() -> str:

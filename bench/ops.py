@@ -86,12 +86,14 @@ def time_shapes(
     batch: int, device: torch.device, timer: Timer, copy: float, shapes: Sequence[tuple[int, int]] = SHAPES
 ) -> Iterator[Row]:
     """Rows of all implementations and both directions at one batch size."""
-    implementations: dict[str, Function] = {
-        "eager": naive,
-        "torch.compile": torch.compile(naive, fullgraph=True, dynamic=False),
-        "setriton": setriton.squeeze_excite,
-    }
     for channels, size in shapes:
+        # A static graph for every shape and grad mode: nine of them would pass Dynamo's limit of one function.
+        torch.compiler.reset()
+        implementations: dict[str, Function] = {
+            "eager": naive,
+            "torch.compile": torch.compile(naive, fullgraph=True, dynamic=False),
+            "setriton": setriton.squeeze_excite,
+        }
         inputs = _inputs(batch, channels, size, device)
         for direction, passes in PASSES.items():
             for name, function in implementations.items():

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import act_grad, apply_act, block_offsets
+from .primitives import act_grad, apply_act, block_offsets, unravel
 from .tuning import LAUNCH_OPTIONS
 
 # 40 to 72 registers on sm_80 to sm_120; with BLOCK_K = 32 the weight gradients spill on sm_90 and later.
@@ -24,8 +24,9 @@ def _linear_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out (M, N) = (act(a) (M, K) @ act(b).T (K, N) + bias) * act'(z), and row_sum (M) = a.sum(1)."""
-    offs_m, mask_m = block_offsets(tl.program_id(0), BLOCK_M, M)
-    offs_n, mask_n = block_offsets(tl.program_id(1), BLOCK_N, N)
+    _, block_m, block_n = unravel(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M))
+    offs_m, mask_m = block_offsets(block_m, BLOCK_M, M)
+    offs_n, mask_n = block_offsets(block_n, BLOCK_N, N)
     offs_m = offs_m.to(tl.int64)  # N images of C channels may pass 2**31 elements, on either axis of the product
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
@@ -48,7 +49,7 @@ def _linear_kernel(
         acc *= act_grad(tl.load(z_ptr + offs_out, mask_out, 0.0), Z_GRAD)
     tl.store(out_ptr + offs_out, acc.to(out_ptr.dtype.element_ty), mask_out)
     if HAS_ROW_SUM:  # noqa: SIM102 - one is known when the kernel is compiled, the other when it runs
-        if tl.program_id(1) == 0:
+        if block_n == 0:
             tl.store(row_sum_ptr + offs_m, row_sum.to(row_sum_ptr.dtype.element_ty), mask_m)
 
 
@@ -68,10 +69,10 @@ def _linear(
     (m, k), n = a.shape, b.shape[0]
     out = a.new_empty((m, n), dtype=out_dtype)
     # One program owns a (BLOCK_M, BLOCK_N) tile of the output.
-    grid = (triton.cdiv(m, BLOCK_M), triton.cdiv(n, BLOCK_N))
-    if m and n:
+    grid = (triton.cdiv(m, BLOCK_M) * triton.cdiv(n, BLOCK_N),)
+    if grid[0]:
         _linear_kernel[grid](
-            a, b, bias, z, out, row_sum,
+            a, b, None if bias is None else bias.contiguous(), z, out, row_sum,
             m, n, k, a.stride(0), a.stride(1), b.stride(0), b.stride(1),
             A_ACT=a_act, B_ACT=b_act, Z_GRAD=z_act,
             HAS_BIAS=bias is not None, HAS_Z=z is not None, HAS_ROW_SUM=row_sum is not None,
@@ -89,8 +90,8 @@ def excite(q: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | No
 def excite_backward(
     dz2: Tensor, q: Tensor, z1: Tensor, w1: Tensor, w2: Tensor, act: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq (N, C) fp32 and dw1, db1, dw2, db2 in the dtypes of the weights; sums over N in a fixed order, no atomics."""
-    db1, db2 = w1.new_empty(w1.shape[0]), w2.new_empty(w2.shape[0])
+    """dq (N, C), db1 and db2 in fp32, dw1 and dw2 in their dtypes; sums over N in a fixed order, no atomics."""
+    db1, db2 = q.new_empty(w1.shape[0]), q.new_empty(w2.shape[0])
     dz1 = _linear(dz2, w2.t(), z=z1, z_act=act)
     dw2 = _linear(dz2.t(), z1.t(), b_act=act, out_dtype=w2.dtype, row_sum=db2)
     dw1 = _linear(dz1.t(), q.t(), out_dtype=w1.dtype, row_sum=db1)

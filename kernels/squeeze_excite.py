@@ -106,7 +106,7 @@ def squeeze_excite(
 def squeeze_excite_backward(
     dy: Tensor, x: Tensor, w1: Tensor, w2: Tensor, q: Tensor, z1: Tensor, z2: Tensor, act: str, gate: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx in the dtype and layout of x; dw1, db1, dw2, db2 in the shapes and dtypes of the weights."""
+    """dx in the dtype and layout of x; dw1, dw2 in the shapes and dtypes of the weights; db1, db2 in fp32."""
     x = as_dense(x)
     dy = as_layout_of(dy, x)
     dx = torch.empty_like(x)

@@ -12,8 +12,13 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {}
 
 
 def register(name: str, builder: Callable[..., nn.Module]) -> None:
-    """Make `builder` known as `name`; a name is given once."""
-    assert name not in _BUILDERS, name
+    """Make `builder` known as `name`.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in _BUILDERS:
+        raise ValueError(f"name {name!r} is already registered")
     _BUILDERS[name] = builder
 
 

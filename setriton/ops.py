@@ -74,7 +74,7 @@ def _(
 def squeeze_excite_backward(
     dy: Tensor, x: Tensor, w1: Tensor, w2: Tensor, q: Tensor, z1: Tensor, z2: Tensor, act: str, gate: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx and dw1, db1, dw2, db2; the bias gradients cost one addition a row, so they come whether wanted or not."""
+    """dx, dw1, db1, dw2, db2; bias gradients, in float32, cost an addition a row and come whether wanted or not."""
     from .kernels import squeeze_excite as kernels
 
     return kernels.squeeze_excite_backward(dy, x, w1, w2, q, z1, z2, act, gate)
@@ -98,14 +98,14 @@ def _(
     def like(w: Tensor) -> Tensor:
         return w.new_empty(w.shape)
 
-    db1, db2 = w1.new_empty(w1.shape[0]), w2.new_empty(w2.shape[0])
+    db1, db2 = q.new_empty(w1.shape[0]), q.new_empty(w2.shape[0])
     return torch.empty_like(as_dense(x)), like(w1), db1, like(w2), db2
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     x, w1, b1, w2, b2, ctx.act, ctx.gate = inputs
     _, q, z1, z2 = output
-    ctx.has_b1, ctx.has_b2 = b1 is not None, b2 is not None
+    ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in (b1, b2)]
     ctx.save_for_backward(x, w1, w2, q, z1, z2)
     ctx.mark_non_differentiable(q, z1, z2)
     ctx.set_materialize_grads(False)
@@ -115,7 +115,9 @@ def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...
     if dy is None:
         return (None,) * 7
     dx, dw1, db1, dw2, db2 = squeeze_excite_backward(dy, *ctx.saved_tensors, ctx.act, ctx.gate)
-    return dx, dw1, db1 if ctx.has_b1 else None, dw2, db2 if ctx.has_b2 else None, None, None
+    db1, db2 = (db if dtype is None else db.to(dtype) for db, dtype in zip((db1, db2), ctx.bias_dtypes, strict=True))
+    wants_b1, wants_b2 = (dtype is not None for dtype in ctx.bias_dtypes)
+    return dx, dw1, db1 if wants_b1 else None, dw2, db2 if wants_b2 else None, None, None
 
 
 squeeze_excite.register_autograd(_backward, setup_context=_setup_context)

@@ -78,7 +78,7 @@ def squeeze_excite_with_saved(
 def squeeze_excite_backward(
     dy: Tensor, x: Tensor, w1: Tensor, w2: Tensor, q: Tensor, z1: Tensor, z2: Tensor, act: str, gate: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx and dw1, db1, dw2, db2, from two sweeps: one reads (dy, x), the other reads dy and writes dx."""
+    """dx, dw1, db1, dw2, db2, from two sweeps: one reads (dy, x), the other reads dy and writes dx; db1, db2 as q."""
     dtype = q.dtype
     m1, m2 = w1.flatten(1).to(dtype), w2.flatten(1).to(dtype)
     with autocast_disabled(x):
@@ -92,9 +92,9 @@ def squeeze_excite_backward(
     return (
         dx.to(x.dtype),
         dw1.view(w1.shape).to(w1.dtype),
-        dz1.sum(0).to(w1.dtype),
+        dz1.sum(0),
         dw2.view(w2.shape).to(w2.dtype),
-        dz2.sum(0).to(w2.dtype),
+        dz2.sum(0),
     )
 
 

@@ -34,6 +34,13 @@ def test_rows_and_files(tmp_path: Path) -> None:
     assert "| forward | 2, 32, 4 | setriton | 2.0000 (1.5000, 2.5000) |" in table.read_text()
 
 
+def test_more_shapes_than_dynamo_keeps_of_one_function() -> None:
+    device, shapes = torch.device("cpu"), [(16, size) for size in (2, 3, 4, 5)]
+    with torch._dynamo.config.patch(recompile_limit=3):
+        rows = [row for batch in (1, 2) for row in ops.time_shapes(batch, device, clock, 1.0, shapes)]
+    assert len(rows) == 2 * 4 * 2 * 3
+
+
 def test_no_gpu_is_said() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

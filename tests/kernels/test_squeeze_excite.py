@@ -130,6 +130,31 @@ def test_bit_for_bit_the_same_in_every_run(device: torch.device) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_strided_weights_and_biases(device: torch.device) -> None:
+    inputs = on(device, make_inputs(2, 20, 3, 5, 6, torch.float32, channels_last=True))
+    b1, b2 = inputs.b1, inputs.b2
+    assert b1 is not None
+    assert b2 is not None
+    strided = inputs._replace(
+        w1=inputs.w1.flatten(1).t().contiguous().t(),
+        b1=torch.stack([b1, b1 + 1], dim=1)[:, 0],
+        w2=inputs.w2.flatten(1).repeat_interleave(2, dim=0)[::2],
+        b2=b2[:1].expand(20),
+    )
+    for name, value in outputs(fused, strided, "relu", "sigmoid").items():
+        dense = strided._replace(**{n: getattr(strided, n).contiguous() for n in ("w1", "b1", "w2", "b2")})
+        assert torch.equal(value, outputs(fused, dense, "relu", "sigmoid")[name]), name
+
+
+def test_bias_gradients_keep_the_precision_of_the_biases(device: torch.device) -> None:
+    inputs = on(device, make_inputs(5, 20, 3, 5, 6, torch.float32, channels_last=True))
+    mixed = inputs._replace(w1=inputs.w1.bfloat16(), w2=inputs.w2.bfloat16())
+    same = mixed._replace(w1=mixed.w1.float(), w2=mixed.w2.float())
+    found, want = (outputs(fused, i, "relu", "sigmoid") for i in (mixed, same))
+    assert torch.equal(found["db1"], want["db1"])
+    assert torch.equal(found["db2"], want["db2"])
+
+
 def test_two_dimensional_weights(device: torch.device) -> None:
     inputs = on(device, make_inputs(2, 20, 3, 5, 6, torch.float32, channels_last=True))
     flat = inputs._replace(w1=inputs.w1.flatten(1), w2=inputs.w2.flatten(1))

@@ -57,7 +57,7 @@ test-oldest:
 
 # A machine lent for its GPU often has torch and no package index: then its own Python serves, and hubconf.py, which finds
 # the package in a checkout, stands in for an installation.
-HAS_TORCH = $(shell $(PYTHON) -c "import torch; print(1)" 2>/dev/null)
+HAS_TORCH = $(shell $(PYTHON) -c "import hypothesis, pytest, rich, torch; print(1)" 2>/dev/null)
 GPU_PYTHON = PYTHONPATH=.:$$PYTHONPATH $(if $(HAS_TORCH),$(PYTHON),$(BIN)/python)
 
 gpu:

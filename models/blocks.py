@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from setriton.functional import check_size
 from setriton.modules import SqueezeExcite
 
 MakeSE = Callable[[int], SqueezeExcite]
@@ -105,10 +106,8 @@ def init_weights(model: nn.Module, zero_init_last: bool) -> None:
 
 
 def check_sizes(num_classes: int, in_chans: int, drop_rate: float) -> None:
-    """ValueError for sizes no network can have."""
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1; got {num_classes}")
-    if in_chans < 1:
-        raise ValueError(f"in_chans must be at least 1; got {in_chans}")
+    """TypeError or ValueError for sizes no network can have."""
+    check_size("num_classes", num_classes)
+    check_size("in_chans", in_chans)
     if not 0 <= drop_rate < 1:
         raise ValueError(f"drop_rate must be in [0, 1); got {drop_rate}")

@@ -23,8 +23,8 @@ class ResNet(nn.Module):
 
     - "caffe", the authors': a bottleneck's stride is in its first 1x1 convolution, the stem pools without padding and
       rounds sizes up.
-    - "torch", torchvision's and timm's `seresnet*`: the stride is in the 3x3 (+6 % operations in ResNet-50), the stem
-      pools with padding 1.
+    - "torch", torchvision's and timm's (whose `seresnet18` and `34` have wider SE layers): the stride is in the 3x3
+      (+6 % operations in ResNet-50), the stem pools with padding 1.
 
     Args:
         block: BasicBlock (18, 34) or Bottleneck (50, 101, 152).

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 
 from . import __version__
 
-# What commands raise for wrong input; anything else is a defect, and its traceback is wanted.
+# What commands raise for wrong input, answered with one line; SETRITON_TRACEBACK=1 shows where it came from. Anything
+# else is a defect and keeps its traceback.
 INPUT_ERRORS = (ValueError, TypeError, OSError)
 
 
@@ -23,6 +24,7 @@ def train(arguments: Sequence[str]) -> int:
     from .recipes import RECIPES
     from .train import NonFiniteError, TrainConfig
     from .train import train as run
+    from .train.distributed import errors_once
 
     if not arguments or arguments[0] in ("-h", "--help"):
         recipes = [f"  {name:<16} {description}" for name, (description, _) in RECIPES.items()]
@@ -30,7 +32,8 @@ def train(arguments: Sequence[str]) -> int:
         return 0 if arguments else 2
     name, *rest = arguments
     if name not in RECIPES:
-        raise ValueError(f"RECIPE must be one of {', '.join(RECIPES)}; got {name!r}")
+        with errors_once():
+            raise ValueError(f"RECIPE must be one of {', '.join(RECIPES)}; got {name!r}")
     description, default = RECIPES[name]
     with _rank_0_speaks():
         config = tyro.cli(
@@ -122,7 +125,7 @@ def curves(arguments: Sequence[str]) -> int:
             runs: folders of training runs, each with a metrics.csv.
             out: the picture to write (.png, .pdf, .svg).
         """
-        draw_curves({run.name: run for run in runs}, out)
+        draw_curves({str(run): run for run in runs}, out)
         print(out)
 
     return _call("curves", command, arguments)
@@ -131,8 +134,11 @@ def curves(arguments: Sequence[str]) -> int:
 def bench(arguments: Sequence[str]) -> int:
     """Benchmarks: `ops` times kernels on this GPU; `resources`, `traffic`: what they need and move, without one."""
     kinds = {"ops": _bench_ops, "resources": _bench_resources, "traffic": _bench_traffic}
-    if not arguments or arguments[0] not in kinds:
-        raise ValueError(f"bench wants one of {', '.join(kinds)}; got {arguments[0] if arguments else 'nothing'!r}")
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: setriton bench {'|'.join(kinds)} ...\n\n{bench.__doc__}\n\nOptions: bench ops --help, and so on")
+        return 0 if arguments else 2
+    if arguments[0] not in kinds:
+        raise ValueError(f"bench wants one of {', '.join(kinds)}; got {arguments[0]!r}")
     return kinds[arguments[0]](arguments[1:])
 
 
@@ -219,7 +225,7 @@ def doctor(arguments: Sequence[str]) -> int:
 
 def demo(arguments: Sequence[str]) -> int:
     """Train SE-ResNet-20 and its plain twin on real digits, and draw their curves: minutes on two cores."""
-    from .demo import run
+    from .demo import RunError, run
 
     def command(out: Path = Path("out/demo"), ranks: int | None = None, epochs: int | None = None) -> None:
         """Train SE-ResNet-20 and its plain twin on scikit-learn's digits, and draw their curves.
@@ -231,7 +237,10 @@ def demo(arguments: Sequence[str]) -> int:
         """
         run(out, ranks, epochs)
 
-    return _call("demo", command, arguments)
+    try:
+        return _call("demo", command, arguments)
+    except RunError as error:
+        return _fail("demo", error, status=1)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
@@ -253,7 +262,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(name, ValueError(f"no such command; there are {', '.join(COMMANDS)}"))
     try:
         return COMMANDS[name](rest)
+    except KeyboardInterrupt:
+        print(f"setriton {name}: interrupted", file=sys.stderr)
+        return 130
     except ModuleNotFoundError as error:
+        if error.name == "triton":
+            return _fail(name, ImportError(f"{error}; Triton comes with torch's GPU builds for Linux"))
         extra = "bench" if name == "bench" else "train"
         return _fail(name, ImportError(f"{error}; pip install 'setriton[{extra}]' brings what this command needs"))
     except INPUT_ERRORS as error:
@@ -281,7 +295,12 @@ def _usage() -> str:
 
 def _fail(name: str, error: BaseException, status: int = 2) -> int:
     # On every rank: what all ranks meet alike is held back on the others, what one rank meets alone is worth reading.
-    print(f"setriton {name}: error: {error}", file=sys.stderr)
+    if os.environ.get("SETRITON_TRACEBACK") == "1":
+        raise error
+    message = str(error)
+    if "Original Traceback" in message:  # from a data loading process: what counts is its last line
+        message = message.strip().splitlines()[-1]
+    print(f"setriton {name}: error: {message}", file=sys.stderr)
     return status
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from .analysis.curves import draw_curves
 from .doctor import check_kernels
+from .recipes import RECIPES
 from .train.metrics import COLUMNS
 
 NETWORKS = ("se_resnet20", "resnet20")
@@ -27,15 +28,18 @@ def run(out: Path, ranks: int | None = None, epochs: int | None = None) -> None:
         epochs: passes over the training images; None is the recipe's.
 
     Raises:
-        ValueError: a number below 1.
-        RuntimeError: a training run failed; its own message stands above.
+        ValueError: a number out of range, or a finished demonstration of another length in `out`.
+        RunError: a training run failed or was stopped; its own message stands above.
     """
     for name, value in (("ranks", ranks), ("epochs", epochs)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}")
     console = Console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ranks = ranks or max(torch.cuda.device_count(), 1 if device.type == "cuda" else 2)
+    ranks = ranks or _default_ranks()
+    batch_size = RECIPES["digits"][1].batch_size
+    if batch_size % ranks:
+        raise ValueError(f"ranks must divide the recipe's batch of {batch_size} images; got {ranks}")
     console.print(f"[bold]squeeze_excite[/bold] on {device.type}: {check_kernels(device)}", soft_wrap=True)
     if device.type == "cpu":
         console.print(
@@ -59,8 +63,24 @@ def run(out: Path, ranks: int | None = None, epochs: int | None = None) -> None:
     )
 
 
+class RunError(RuntimeError):
+    """A training run did not come to its end."""
+
+
+def _default_ranks() -> int:
+    """One per GPU, as far as they share the batch evenly, or two on a machine without."""
+    if not torch.cuda.is_available():
+        return 2
+    batch_size = RECIPES["digits"][1].batch_size
+    return max(n for n in range(1, torch.cuda.device_count() + 1) if batch_size % n == 0)
+
+
 def _train(network: str, out: Path, ranks: int, epochs: int | None) -> None:
-    if (out / "result.json").is_file():
+    result = out / "result.json"
+    if result.is_file():
+        trained = json.loads(result.read_text())["epochs"]
+        if epochs not in (None, trained):
+            raise ValueError(f"epochs: {out} holds a finished run of {trained}; delete it or choose another --out")
         print(f"already trained: {out} (delete it to train anew)")
         return
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
@@ -70,8 +90,11 @@ def _train(network: str, out: Path, ranks: int, epochs: int | None) -> None:
     if epochs is not None:
         command += ["--schedule.epochs", str(epochs)]
     # One thread a rank: torchrun would choose that too, with a warning.
-    if subprocess.run(command, env={"OMP_NUM_THREADS": "1"} | os.environ).returncode:
-        raise RuntimeError(f"training {network} failed; the same command goes on where it stopped")
+    status = subprocess.run(command, env={"OMP_NUM_THREADS": "1"} | os.environ).returncode
+    if not result.is_file():
+        raise RunError(
+            f"training {network} did not finish (status {status}); the same command goes on where it stopped"
+        )
 
 
 def _join_metrics(out: Path) -> None:

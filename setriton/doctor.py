@@ -31,6 +31,16 @@ def report() -> Table:
 def check_kernels(device: torch.device) -> str:
     """Run squeeze_excite forward and backward on a device and compare it with float64: what ran, and how well."""
     path = "Triton kernels" if ops.has_kernels(device.type) else "reference path (plain PyTorch)"
+    try:
+        error = _worst_error(device)
+    except Exception as problem:  # whatever a driver, a compiler or a device may come up with is what is asked for
+        return f"{path}: FAILED, {type(problem).__name__}: {problem}"
+    verdict = "right" if error < 1e-4 else "WRONG"
+    return f"{path}: {verdict}, {error:.0e} from float64, forward and gradients"
+
+
+def _worst_error(device: torch.device) -> float:
+    """Largest error of y and the gradients against float64, relative to the largest value of each."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((4, 64, 14, 14), (4, 64), (4,), (64, 4), (64,))
     exact = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
@@ -43,9 +53,7 @@ def check_kernels(device: torch.device) -> str:
     pairs += zip(
         torch.autograd.grad(found.square().sum(), ours), torch.autograd.grad(want.square().sum(), exact), strict=True
     )
-    error = max(float((a.cpu() - b).abs().max() / b.abs().max()) for a, b in pairs)
-    verdict = "right" if error < 1e-4 else "WRONG"
-    return f"{path}: {verdict}, {error:.0e} from float64, forward and gradients"
+    return max(float((a.cpu() - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 
 def _version(package: str) -> str:

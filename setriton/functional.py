@@ -36,7 +36,7 @@ def squeeze_excite(
         gate: what maps the result to channel weights: sigmoid or hardsigmoid.
 
     Returns:
-        (N, C, H, W) in the dtype and layout of `x`.
+        (N, C, H, W) in the dtype and layout of `x`. Differentiable once: the kernels have no second derivative.
 
     Raises:
         TypeError: an argument is no floating-point tensor.
@@ -54,8 +54,16 @@ def squeeze_excite(
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """ValueError unless value is one of choices."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def check_size(name: str, value: object) -> None:
+    """TypeError or ValueError unless value is a whole number of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int; got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1; got {value}")
 
 
 def _check_tensors(**tensors: Tensor | None) -> None:
@@ -67,14 +75,16 @@ def _check_tensors(**tensors: Tensor | None) -> None:
             raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must have a floating-point dtype; got {tensor.dtype}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name} must be dense; got layout {tensor.layout}")
         device = device or tensor.device
         if tensor.device != device:
             raise ValueError(f"{name} must be on {device} like x; got {tensor.device}")
 
 
 def _check_shapes(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> None:
-    if x.dim() != 4:
-        raise ValueError(f"x must have shape (N, C, H, W); got {tuple(x.shape)}")
+    if x.dim() != 4 or x.shape[1] < 1:
+        raise ValueError(f"x must have shape (N, C, H, W) with C at least 1; got {tuple(x.shape)}")
     channels = x.shape[1]
     _check_weight("w1", w1, "R", "C", None, channels)
     reduced = w1.shape[0]

@@ -1,11 +1,12 @@
 """The modules: parameters in the stock layout, the fused functions as their forward."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .functional import check_choice, squeeze_excite
+from .functional import check_choice, check_size, squeeze_excite
 from .reference import ACTS, GATES
 
 
@@ -14,6 +15,7 @@ class SqueezeExcite(nn.Module):
 
     Parameters are those of two 1x1 convolutions `fc1` (R, C, 1, 1) and `fc2` (C, R, 1, 1), the state dict of timm's
     `SEModule` and torchvision's `SqueezeExcitation`; pass the class to timm as ``block_args=dict(attn_layer=...)``.
+    timm rounds R to a multiple of 8: where C / 16 is none (C = 64: 8 there, 4 here), give `rd_channels`.
 
     Args:
         channels: C, channels of the feature map.
@@ -25,6 +27,7 @@ class SqueezeExcite(nn.Module):
         device, dtype: of the parameters.
 
     Raises:
+        TypeError: a width that is no int.
         ValueError: a width below 1, or an unknown `act` or `gate`.
     """
 
@@ -42,14 +45,12 @@ class SqueezeExcite(nn.Module):
         super().__init__()
         check_choice("act", act, ACTS)
         check_choice("gate", gate, GATES)
-        if channels < 1:
-            raise ValueError(f"channels must be at least 1; got {channels}")
+        check_size("channels", channels)
         if rd_channels is None:
-            if rd_ratio <= 0:
+            if not 0 < rd_ratio < math.inf:
                 raise ValueError(f"rd_ratio must be positive; got {rd_ratio}")
             rd_channels = max(1, int(channels * rd_ratio))
-        if rd_channels < 1:
-            raise ValueError(f"rd_channels must be at least 1; got {rd_channels}")
+        check_size("rd_channels", rd_channels)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.fc1 = nn.Conv2d(channels, rd_channels, 1, bias=bias, **factory)
         self.fc2 = nn.Conv2d(rd_channels, channels, 1, bias=bias, **factory)

@@ -29,7 +29,8 @@ def setriton(*arguments: str | Path, **environment: str) -> subprocess.Completed
         (["models", "vgg*"], "no network matches 'vgg*'"),
         (["curves"], "runs must name at least one training run"),
         (["curves", "nowhere"], "nowhere holds no metrics.csv"),
-        (["bench"], "bench wants one of ops, resources, traffic; got 'nothing'"),
+        (["bench", "speed"], "bench wants one of ops, resources, traffic; got 'speed'"),
+        (["curves", "nowhere", "--out", "picture"], "nowhere holds no metrics.csv"),
         (["bench", "resources", "--targets", "sm_10"], "target must be one of sm_80"),
         (["evaluate", "nowhere.safetensors"], "no exported network nowhere.safetensors"),
         (["evaluate", "README.md"], "README.md is not a safetensors file"),
@@ -37,6 +38,7 @@ def setriton(*arguments: str | Path, **environment: str) -> subprocess.Completed
         (["train", "imagenet-paper", "--data.source", "imagefolder:nowhere", "--out", "OUT"], "nowhere"),
         (["train", "imagenet"], "RECIPE must be one of digits, imagenet-paper"),
         (["demo", "--ranks", "0"], "ranks must be at least 1; got 0"),
+        (["demo", "--ranks", "3"], "ranks must divide the recipe's batch of 64 images; got 3"),
     ],
     ids=lambda value: " ".join(value[:3]) if isinstance(value, list) else "",
 )
@@ -128,6 +130,13 @@ def test_demo(tmp_path: Path) -> None:
         assert (tmp_path / network / "model.safetensors").is_file()
     again = setriton(*arguments)
     assert again.stdout.count("already trained") == 2
+    other = setriton("demo", "--out", tmp_path, "--epochs", "3")
+    assert other.returncode == 2
+    assert "holds a finished run of 2; delete it" in other.stderr
+    merged = setriton("curves", tmp_path, "--out", tmp_path / "again.png")
+    assert "is not the metrics.csv of one run" in merged.stderr
+    suffix = setriton("curves", tmp_path / "resnet20", "--out", tmp_path / "again")
+    assert "out must end in .png, .pdf, .svg" in suffix.stderr
     evaluated = setriton("evaluate", tmp_path / "resnet20" / "model.safetensors")
     error = re.search(r"top-1 error ([\d.]+) %", evaluated.stdout)
     assert error is not None

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from setriton.train.metrics import EpochMetrics, read_metrics
 
+FORMATS = (".png", ".pdf", ".svg")
+
 
 def draw_curves(runs: Mapping[str, Path], out: Path) -> None:
     """Draw training and validation error over epochs, one colour a run.
@@ -14,12 +16,14 @@ def draw_curves(runs: Mapping[str, Path], out: Path) -> None:
         out: the picture to write; its suffix says the format.
 
     Raises:
-        ValueError: no runs, or one without a finished epoch.
+        ValueError: no runs, one without a finished epoch, or a format that `out` cannot have.
         FileNotFoundError: a run has no metrics.csv.
     """
     curves = {label: _read(folder) for label, folder in runs.items()}
     if not curves:
         raise ValueError("runs must name at least one training run; got none")
+    if out.suffix not in FORMATS:
+        raise ValueError(f"out must end in {', '.join(FORMATS)}; got {out}")
     import matplotlib
 
     matplotlib.use("Agg")

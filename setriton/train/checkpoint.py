@@ -83,9 +83,6 @@ class Checkpointer:
         self.run = run
         self.world = world
         self.last_step: int | None = None
-        if world.is_rank0:
-            for leftover in folder.glob("step-*.tmp"):
-                shutil.rmtree(leftover)
 
     @property
     def newest(self) -> Path | None:
@@ -104,6 +101,9 @@ class Checkpointer:
         if step == self.last_step:
             return True
         temporary = self.folder / f"{_name(step)}.tmp"
+        if self.last_step is None and self.world.is_rank0:
+            # The first save of a new run: the folder is its own by now.
+            self._remove_leftovers()
         problem: str | None = None
         try:
             save(_state(model, optimizer), checkpoint_id=temporary)
@@ -137,6 +137,8 @@ class Checkpointer:
         Raises:
             ValueError: the checkpoint belongs to another run, or this torch cannot read it.
         """
+        if self.world.is_rank0:
+            self._remove_leftovers()
         commit: Commit | None = self.world.from_rank0(self._select() if self.world.is_rank0 else None)
         if commit is None:
             return None
@@ -171,6 +173,11 @@ class Checkpointer:
         publish(temporary, self.folder / _name(step))
         for old in sorted(_steps(self.folder))[: -self.keep]:
             shutil.rmtree(self.folder / _name(old), ignore_errors=True)
+
+    def _remove_leftovers(self) -> None:
+        """Saves that were killed."""
+        for leftover in self.folder.glob("step-*.tmp"):
+            shutil.rmtree(leftover)
 
     def _select(self) -> Commit | None:
         for step in sorted(_steps(self.folder), reverse=True):

@@ -1,9 +1,11 @@
 """What a training run is told: frozen dataclasses, checked when built; the command line is derived from them."""
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def _require_positive(name: str, value: float) -> None:
@@ -26,6 +28,38 @@ def _require_one_of(name: str, value: object, choices: Collection[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
+def _check_types(config: object) -> None:
+    """Each field holds what its annotation says; a whole number may stand for a float, infinity and NaN may not."""
+    for name, wanted in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if not _fits(value, wanted):
+            raise TypeError(f"{type(config).__name__}.{name} must be {wanted}, got {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{type(config).__name__}.{name} must be finite, got {value}")
+
+
+def _fits(value: object, wanted: Any) -> bool:
+    if get_origin(wanted) in (Union, UnionType):
+        return any(_fits(value, choice) for choice in get_args(wanted))
+    if get_origin(wanted) is Literal:
+        return isinstance(value, str)
+    if wanted in (int, float):
+        return isinstance(value, (int, wanted)) and not isinstance(value, bool)
+    return isinstance(value, wanted)
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """What two configurations, as nested dictionaries, do not have in common; where they are and `resume` aside."""
+    found = []
+    for key in now:
+        old, new = before.get(key), now[key]
+        if isinstance(new, dict) and isinstance(old, dict):
+            found += differences(old, new, f"{prefix}{key}.")
+        elif old != new and key not in ("out", "resume"):
+            found.append(f"{prefix}{key} was {old!r}, is {new!r}")
+    return found
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The network."""
@@ -40,6 +74,7 @@ class ModelConfig:
     """Start each residual block as the identity."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         if self.layout is not None:
             _require_one_of("model.layout", self.layout, ("caffe", "torch"))
         _require_fraction("model.drop_rate", self.drop_rate)
@@ -63,14 +98,15 @@ class DataConfig:
     """Data loading processes per rank; 0 loads in the training process."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         kind, _, argument = self.source.partition(":")
         _require_one_of("data.source", kind, ("digits", "imagefolder", "synthetic"))
         if kind == "imagefolder" and not argument:
             raise ValueError("data.source imagefolder needs a folder: imagefolder:PATH")
         if kind == "synthetic" and argument and not (argument.isdecimal() and int(argument) > 0):
             raise ValueError(f"data.source synthetic:IMAGES needs a positive whole number, got {argument!r}")
-        if kind == "digits" and (argument or self.image_size not in (None, 8)):
-            raise ValueError(f"data.source digits has 8x8 images and takes no options, got {self}")
+        if kind == "digits" and (argument or self.image_size not in (None, 8) or self.resize is not None):
+            raise ValueError("data.source digits has 8x8 images: it takes no argument, other image_size or resize")
         if self.image_size is not None:
             _require_positive("data.image_size", self.image_size)
         if self.resize is not None:
@@ -94,6 +130,7 @@ class OptimizerConfig:
     """Decay BatchNorm parameters and biases as well."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _require_positive("optimizer.lr", self.lr)
         _require_fraction("optimizer.momentum", self.momentum)
         _require_at_least("optimizer.weight_decay", self.weight_decay, 0)
@@ -117,6 +154,7 @@ class ScheduleConfig:
     """Linear warm-up from zero to lr, of either kind."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _require_one_of("schedule.kind", self.kind, ("step", "cosine"))
         _require_at_least("schedule.epochs", self.epochs, 1)
         _require_at_least("schedule.step_epochs", self.step_epochs, 1)
@@ -143,6 +181,7 @@ class ParallelConfig:
     """Micro-steps per optimizer step; the global batch stays what batch_size says."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _require_one_of("parallel.device", self.device, ("auto", "cpu", "cuda"))
         _require_one_of("parallel.precision", self.precision, ("fp32", "bf16"))
         _require_at_least("parallel.replicate", self.replicate, 1)
@@ -161,6 +200,7 @@ class CheckpointConfig:
     """Checkpoints kept; an old one goes only after the new one is complete on disk."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _require_at_least("checkpoint.every_epochs", self.every_epochs, 0)
         _require_at_least("checkpoint.every_steps", self.every_steps, 0)
         _require_at_least("checkpoint.keep", self.keep, 1)
@@ -195,6 +235,7 @@ class TrainConfig:
     """Go on from the newest checkpoint in out."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _require_at_least("batch_size", self.batch_size, 1)
         _require_fraction("label_smoothing", self.label_smoothing)
         _require_at_least("seed", self.seed, 0)

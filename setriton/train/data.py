@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from setriton.train.sampler import SampleKey, stable_seed
 # RGB statistics of ImageNet's training images, in units of the full range.
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _SYNTHETIC_CLASSES = 1000
 _SYNTHETIC_IMAGES = 128_000
 _SYNTHETIC_POOL = 64
@@ -220,9 +220,11 @@ class _FileReader:
 def _decode(path: str) -> Tensor:
     """The file as uint8 RGB (3, H, W)."""
     from torchvision.io import ImageReadMode, decode_image
+    from torchvision.transforms.v2 import functional
 
     try:
         image: Tensor = decode_image(path, mode=ImageReadMode.RGB)
     except RuntimeError as error:
         raise ValueError(f"cannot read image {path}: {error}") from None
-    return image
+    # PNG may hold 16 bits a channel.
+    return cast(Tensor, functional.to_dtype(image, torch.uint8, scale=True))

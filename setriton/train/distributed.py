@@ -86,11 +86,13 @@ def process_group(config: ParallelConfig) -> Iterator[World]:
     """Join torchrun's process group, or make one of a single process; leave it at the end.
 
     Raises:
-        ValueError: no GPU for this process, or a number of replicas that does not divide the ranks.
+        ValueError: no GPU for this process, a number of replicas that does not divide the ranks, or a group already.
     """
     with errors_once():
         device = _device(config)
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if dist.is_initialized():
+            raise ValueError("this process is in a process group already; training and evaluation make their own")
+        world_size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
         if world_size % config.replicate:
             raise ValueError(f"parallel.replicate must divide the {world_size} ranks, got {config.replicate}")
     store, rank = _rendezvous()

@@ -104,8 +104,10 @@ def evaluate(
     with process_group(parallel) as world:
         with errors_once():
             model, metadata = load_exported(path)
-            source = source or metadata.source
-            config = DataConfig(source, image_size=image_size or metadata.image_size, resize=resize, workers=workers)
+            source = metadata.source if source is None else source
+            if image_size is None and source.partition(":")[0] != "digits":
+                image_size = metadata.image_size
+            config = DataConfig(source, image_size=image_size, resize=resize, workers=workers)
             data = replace(open_data(config, val_only=True), mean=metadata.mean, std=metadata.std)
             for name in ("num_classes", "in_chans"):
                 wanted, got = getattr(metadata, name), getattr(data, name)

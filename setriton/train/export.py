@@ -71,12 +71,15 @@ def load_exported(path: str | Path) -> tuple[nn.Module, ExportMetadata]:
         raise ValueError(f"{path} is not a safetensors file: {error}") from None
     if _KEY not in header:
         raise ValueError(f"{path} does not say which network it belongs to; wanted a file written by `setriton train`")
-    fields = json.loads(header[_KEY])
-    metadata = ExportMetadata(**fields | {name: tuple(fields[name]) for name in ("mean", "std")})
-    layout = {"layout": metadata.layout} if metadata.layout else {}
-    with torch.random.fork_rng(devices=[]):
-        model = create_model(metadata.model, num_classes=metadata.num_classes, in_chans=metadata.in_chans, **layout)
-    model.load_state_dict(tensors)
+    try:
+        fields = json.loads(header[_KEY])
+        metadata = ExportMetadata(**fields | {name: tuple(fields[name]) for name in ("mean", "std")})
+        layout = {"layout": metadata.layout} if metadata.layout else {}
+        with torch.random.fork_rng(devices=[]):
+            model = create_model(metadata.model, num_classes=metadata.num_classes, in_chans=metadata.in_chans, **layout)
+        model.load_state_dict(tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} does not hold the network it says it does: {error!r}") from None
     return model.eval(), metadata
 
 

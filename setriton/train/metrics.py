@@ -133,20 +133,30 @@ class _Display:
 
 
 def read_metrics(path: Path) -> list[EpochMetrics]:
-    """Rows of a metrics.csv; an absent file has none, a half-written last line is left out."""
+    """Rows of a metrics.csv; an absent file has none, a half-written last line is left out.
+
+    Raises:
+        ValueError: the file has other columns, or values that are no numbers.
+    """
     if not path.exists():
         return []
     text = path.read_text()
-    whole_lines = text[: text.rfind("\n") + 1].splitlines()
-    return [
-        EpochMetrics(
-            epoch=int(row["epoch"]),
-            step=int(row["step"]),
-            val_error_top5=float(row["val_error_top5"]) if row["val_error_top5"] else None,
-            **{name: float(row[name]) for name in COLUMNS if name not in ("epoch", "step", "val_error_top5")},
-        )
-        for row in csv.DictReader(whole_lines)
-    ]
+    rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
+    if rows.fieldnames and tuple(rows.fieldnames) != COLUMNS:
+        raise ValueError(f"{path} is not the metrics.csv of one run: its columns are {', '.join(rows.fieldnames)}")
+    try:
+        return [_parse(row) for row in rows]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} line {rows.line_num}: {error}") from None
+
+
+def _parse(row: dict[str, str]) -> EpochMetrics:
+    return EpochMetrics(
+        epoch=int(row["epoch"]),
+        step=int(row["step"]),
+        val_error_top5=float(row["val_error_top5"]) if row["val_error_top5"] else None,
+        **{name: float(row[name]) for name in COLUMNS if name not in ("epoch", "step", "val_error_top5")},
+    )
 
 
 def _to_csv(rows: list[EpochMetrics], *, header: bool) -> str:

@@ -10,6 +10,7 @@ class StopRequest:
     """Set once SIGTERM, SIGINT or SIGUSR1 has arrived while `listening`.
 
     The handler only takes a note: a collective started inside one would meet the other ranks' at an arbitrary point.
+    A second Ctrl-C does not wait for the note to be read.
     """
 
     def __init__(self) -> None:
@@ -29,5 +30,7 @@ class StopRequest:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def _receive(self, *_: object) -> None:
+    def _receive(self, number: int, _: object) -> None:
+        if number == signal.SIGINT and self.received:
+            raise KeyboardInterrupt
         self.received = True

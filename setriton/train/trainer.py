@@ -13,7 +13,7 @@ from torch import Tensor
 from setriton.models import create_model
 from setriton.train.batchnorm import sync_batch_norm_stats
 from setriton.train.checkpoint import Checkpointer, is_finite
-from setriton.train.config import TrainConfig
+from setriton.train.config import TrainConfig, differences
 from setriton.train.data import make_loader, open_data
 from setriton.train.distributed import World, errors_once, process_group, restart_count
 from setriton.train.evaluation import EvalResult, run_evaluation, validation_loader
@@ -59,11 +59,14 @@ def train(config: TrainConfig) -> TrainResult:
     SIGTERM, SIGINT and SIGUSR1 make the run save at the next log step and return with `completed=False`.
 
     Raises:
+        TypeError: `config` is no TrainConfig.
         ValueError: the configuration does not fit the images, the network, the ranks or the checkpoint.
         FileNotFoundError: image folders are missing.
         FileExistsError: `config.out` holds checkpoints and `config.resume` is off.
         NonFiniteError: training diverged; nothing of that is saved.
     """
+    if not isinstance(config, TrainConfig):
+        raise TypeError(f"config must be a TrainConfig, got {type(config).__name__}")
     with process_group(config.parallel) as world:
         with errors_once():
             trainer = Trainer(config, world)
@@ -123,7 +126,7 @@ class Trainer:
         config, world = self.config, self.world
         if world.is_rank0:
             config.out.mkdir(parents=True, exist_ok=True)
-            write_atomically(config.out / "config.json", _to_json(asdict(config)))
+            self._write_config()
             # There means complete, for whoever has to decide whether to start the run again.
             (config.out / "result.json").unlink(missing_ok=True)
             self.logger = RunLogger(
@@ -282,6 +285,13 @@ class Trainer:
         self.epoch_sums = Sums(**commit.progress)
         world.say(f"resuming after step {commit.step} of {self.sampler.last_step}")
         return commit.step
+
+    def _write_config(self) -> None:
+        path, settings = self.config.out / "config.json", _to_json(asdict(self.config))
+        if self.step and path.is_file():
+            for change in differences(json.loads(path.read_bytes()), json.loads(settings)):
+                self.world.say(f"not as before: {change}")
+        write_atomically(path, settings)
 
     def _abort(self, problem: str) -> NoReturn:
         newest = self.checkpointer.newest

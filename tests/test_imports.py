@@ -99,7 +99,11 @@ def test_torch_hub_from_a_checkout() -> None:
     code = """
 import torch
 print(torch.hub.load(".", "se_resnet20", source="local", num_classes=7).fc.out_features)
+import hubconf
+from setriton.models import list_models
+public = [name for name, value in vars(hubconf).items() if callable(value) and not name.startswith("_")]
+print(sorted(public) == sorted(list_models()))  # what torch.hub.list would show
 """
     done = subprocess.run([sys.executable, "-S", "-c", HUB + code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "7"
+    assert done.stdout.split() == ["7", "True"]

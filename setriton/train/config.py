@@ -29,13 +29,14 @@ def _require_one_of(name: str, value: object, choices: Collection[str]) -> None:
 
 
 def _check_types(config: object) -> None:
-    """Each field holds what its annotation says; a whole number may stand for a float, infinity and NaN may not."""
+    """Each field holds what its annotation says; a whole number may stand for a float, infinity may not."""
+    section = type(config).__name__.removesuffix("Config").lower()
     for name, wanted in get_type_hints(type(config)).items():
-        value = getattr(config, name)
+        value, option = getattr(config, name), name if section == "train" else f"{section}.{name}"
         if not _fits(value, wanted):
-            raise TypeError(f"{type(config).__name__}.{name} must be {wanted}, got {value!r}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{type(config).__name__}.{name} must be finite, got {value}")
+            raise TypeError(f"{option} must be of type {getattr(wanted, '__name__', wanted)}, got {value!r}")
+        if isinstance(value, float) and math.isinf(value):
+            raise ValueError(f"{option} must be finite, got {value}")
 
 
 def _fits(value: object, wanted: Any) -> bool:

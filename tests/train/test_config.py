@@ -1,7 +1,7 @@
 """Configurations say what is wrong with them, in the words of the command line."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -15,10 +15,12 @@ from setriton.train import (
     ParallelConfig,
     ScheduleConfig,
     TrainConfig,
+    train,
 )
+from setriton.train.config import differences
 
 
-def untyped(value: str) -> Any:
+def untyped(value: object) -> Any:
     """A value that type checkers refuse as well."""
     return value
 
@@ -49,12 +51,36 @@ def untyped(value: str) -> Any:
         (lambda: CheckpointConfig(keep=0), "checkpoint.keep must be at least 1, got 0"),
         (lambda: TrainConfig(batch_size=0), "batch_size must be at least 1, got 0"),
         (lambda: TrainConfig(label_smoothing=1.0), r"label_smoothing must be in \[0, 1\), got 1.0"),
+        (lambda: OptimizerConfig(lr=float("inf")), "optimizer.lr must be finite, got inf"),
         (lambda: TrainConfig(log_every=0), "log_every must be at least 1, got 0"),
     ],
 )
 def test_wrong_values_are_named(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TrainConfig(batch_size=untyped(2.5)), "batch_size must be of type int, got 2.5"),
+        (lambda: TrainConfig(model=untyped("se_resnet20")), "model must be of type ModelConfig, got 'se_resnet20'"),
+        (lambda: TrainConfig(out=untyped("runs")), "out must be of type Path, got 'runs'"),
+        (lambda: DataConfig(untyped(3)), "data.source must be of type str, got 3"),
+        (lambda: DataConfig(workers=untyped(True)), "data.workers must be of type int, got True"),
+        (lambda: OptimizerConfig(nesterov=untyped(1)), "optimizer.nesterov must be of type bool, got 1"),
+        (lambda: train(untyped(None)), "config must be a TrainConfig, got NoneType"),
+    ],
+)
+def test_wrong_types_are_named(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+def test_differences_name_the_option() -> None:
+    before, now = (asdict(RECIPES[name][1]) for name in ("digits", "synthetic"))
+    assert "optimizer.lr was 0.1, is 0.01" in differences(before, now)
+    assert differences(before, before | {"out": "elsewhere", "resume": True}) == []
 
 
 @pytest.mark.parametrize("name", RECIPES)

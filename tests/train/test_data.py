@@ -69,6 +69,15 @@ def test_grey_images_become_rgb(image_folder: Path) -> None:
     assert data.val[SampleKey(0, 0)][0].shape == (3, 24, 24)
 
 
+def test_16_bit_images_become_8_bit(image_folder: Path) -> None:
+    from PIL import Image
+
+    Image.new("I;16", (30, 30), 0x8000).save(image_folder / "val" / "cat" / "0.png")
+    data = open_data(DataConfig(f"imagefolder:{image_folder}", image_size=24))
+    image, _ = data.val[SampleKey(0, 0)]
+    assert (image.shape, image.dtype, image.unique().tolist()) == ((3, 24, 24), torch.uint8, [0x80])
+
+
 def test_validation_needs_no_training_images(image_folder: Path) -> None:
     import shutil
 

@@ -138,6 +138,26 @@ def test_a_folder_with_a_run_is_not_overwritten(short: TrainConfig) -> None:
         train(short)
 
 
+def test_a_refused_start_touches_nothing_of_a_running_save(short: TrainConfig) -> None:
+    train(short)
+    saving = short.out / "checkpoints" / "step-00000009.tmp"
+    saving.mkdir()
+    with pytest.raises(FileExistsError):
+        train(short)
+    assert saving.is_dir()
+
+
+def test_resuming_with_other_settings_says_so(short: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    train(short)
+    schedule = replace(short.schedule, epochs=2)
+    train(replace(short, resume=True, schedule=schedule, optimizer=replace(short.optimizer, lr=0.01)))
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not as before")]
+    assert said == [
+        f"not as before: optimizer.lr was {short.optimizer.lr}, is 0.01",
+        "not as before: schedule.epochs was 1, is 2",
+    ]
+
+
 def test_resuming_a_finished_run_changes_nothing(short: TrainConfig) -> None:
     first = train(short)
     before = (short.out / "metrics.csv").read_text()

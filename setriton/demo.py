@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,13 +55,19 @@ def run(out: Path, ranks: int | None = None, epochs: int | None = None) -> None:
     console.print(
         f"curves    {out / 'curves.png'}\nmetrics   {out / 'metrics.csv'}\n"
         f"weights   {', '.join(str(out / network / 'model.safetensors') for network in NETWORKS)}\n\n"
-        "Next:\n"
+        f"Next:\n{_activation()}"
         f"  setriton evaluate {out / NETWORKS[0] / 'model.safetensors'}\n"
         f"  tensorboard --logdir {out}\n"
         "  torchrun --nproc-per-node 8 -m setriton train imagenet-modern --data.source imagefolder:/path/to/imagenet",
         soft_wrap=True,
         highlight=False,
     )
+
+
+def _activation() -> str:
+    """The line that makes the commands below it known, where they are not."""
+    activate = Path(sys.executable).with_name("activate")
+    return f"  source {activate}\n" if shutil.which("setriton") is None and activate.is_file() else ""
 
 
 class RunError(RuntimeError):

@@ -86,6 +86,17 @@ def image_offset(n, HW, C):
 
 
 @triton.jit
+def map_tile(C, HW, stride_hw, stride_c, WIDE: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr):
+    """What one program of a sweep that writes a map owns: its channels of image n, offs_nc (BLOCK_C) into (N, C) with
+    their mask, and a tile of the map, offs (BLOCK_HW, BLOCK_C) with its mask."""
+    n, block_hw, block_c = unravel(tl.program_id(0), tl.cdiv(C, BLOCK_C), tl.cdiv(HW, BLOCK_HW))
+    offs_c, mask_c = block_offsets(block_c, BLOCK_C, C)
+    offs_hw, mask_hw = block_offsets(block_hw, BLOCK_HW, HW)
+    offs = image_offset(n, HW, C) + tile_offsets(offs_hw, offs_c, stride_hw, stride_c, WIDE)
+    return n.to(tl.int64) * C + offs_c, mask_c, offs, mask_hw[:, None] & mask_c[None, :]
+
+
+@triton.jit
 def tile_offsets(offs_hw, offs_c, stride_hw, stride_c, WIDE: tl.constexpr):
     """Offsets (BLOCK_HW, BLOCK_C) inside one image; WIDE where a single image passes 2**31 elements."""
     if WIDE:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .excite import excite, excite_backward
 from .layout import as_dense, as_layout_of, hw_c_strides
-from .primitives import apply_gate, block_offsets, gate_grad, image_offset, tile_offsets, unravel
+from .primitives import apply_gate, block_offsets, gate_grad, image_offset, map_tile, tile_offsets, unravel
 from .tuning import LAUNCH_OPTIONS, Tile, reduction_splits, sweep_tile
 
 
@@ -39,12 +39,8 @@ def _scale_kernel(
     GATE: tl.constexpr, WIDE: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """y = x * gate(z2)."""
-    n, block_hw, block_c = unravel(tl.program_id(0), tl.cdiv(C, BLOCK_C), tl.cdiv(HW, BLOCK_HW))
-    offs_c, mask_c = block_offsets(block_c, BLOCK_C, C)
-    offs_hw, mask_hw = block_offsets(block_hw, BLOCK_HW, HW)
-    offs = image_offset(n, HW, C) + tile_offsets(offs_hw, offs_c, stride_hw, stride_c, WIDE)
-    mask = mask_hw[:, None] & mask_c[None, :]
-    e = apply_gate(tl.load(z2_ptr + n.to(tl.int64) * C + offs_c, mask_c, 0.0), GATE)
+    offs_nc, mask_c, offs, mask = map_tile(C, HW, stride_hw, stride_c, WIDE, BLOCK_HW, BLOCK_C)
+    e = apply_gate(tl.load(z2_ptr + offs_nc, mask_c, 0.0), GATE)
     y = tl.load(x_ptr + offs, mask).to(tl.float32) * e[None, :]
     tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask)
 
@@ -78,12 +74,7 @@ def _scale_bwd_kernel(
     GATE: tl.constexpr, WIDE: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dx = dy * gate(z2) + dq / HW."""
-    n, block_hw, block_c = unravel(tl.program_id(0), tl.cdiv(C, BLOCK_C), tl.cdiv(HW, BLOCK_HW))
-    offs_c, mask_c = block_offsets(block_c, BLOCK_C, C)
-    offs_hw, mask_hw = block_offsets(block_hw, BLOCK_HW, HW)
-    offs = image_offset(n, HW, C) + tile_offsets(offs_hw, offs_c, stride_hw, stride_c, WIDE)
-    mask = mask_hw[:, None] & mask_c[None, :]
-    offs_nc = n.to(tl.int64) * C + offs_c
+    offs_nc, mask_c, offs, mask = map_tile(C, HW, stride_hw, stride_c, WIDE, BLOCK_HW, BLOCK_C)
     e = apply_gate(tl.load(z2_ptr + offs_nc, mask_c, 0.0), GATE)
     dq = tl.load(dq_ptr + offs_nc, mask_c, 0.0) / HW
     dx = tl.load(dy_ptr + offs, mask).to(tl.float32) * e[None, :] + dq[None, :]

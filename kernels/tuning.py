@@ -11,9 +11,8 @@ from .layout import is_channels_last
 # 4,096 elements over 128 threads are 32 a thread: four 16-byte loads of bf16 in flight, and an fp32 accumulator that
 # leaves registers for eight resident programs (64 a thread on sm_90, `setriton bench resources`).
 TILE_ELEMENTS = 4096
-NUM_WARPS = 4
 # Fused multiply-adds said outright: Triton 3.10 changes the default, and results must not depend on the version.
-LAUNCH_OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": True}
+LAUNCH_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 # Programs wanted per multiprocessor before a reduction stops being split.
 PROGRAMS_PER_SM = 8
 

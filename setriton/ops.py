@@ -115,9 +115,10 @@ def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...
     if dy is None:
         return (None,) * 7
     dx, dw1, db1, dw2, db2 = squeeze_excite_backward(dy, *ctx.saved_tensors, ctx.act, ctx.gate)
-    db1, db2 = (db if dtype is None else db.to(dtype) for db, dtype in zip((db1, db2), ctx.bias_dtypes, strict=True))
-    wants_b1, wants_b2 = (dtype is not None for dtype in ctx.bias_dtypes)
-    return dx, dw1, db1 if wants_b1 else None, dw2, db2 if wants_b2 else None, None, None
+    b1_dtype, b2_dtype = ctx.bias_dtypes
+    db1 = None if b1_dtype is None else db1.to(b1_dtype)
+    db2 = None if b2_dtype is None else db2.to(b2_dtype)
+    return dx, dw1, db1, dw2, db2, None, None
 
 
 squeeze_excite.register_autograd(_backward, setup_context=_setup_context)

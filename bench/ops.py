@@ -1,156 +1,230 @@
-"""squeeze_excite on this GPU, against eager PyTorch and torch.compile, at the maps of SE-ResNet-50."""
+"""setriton's operators on this GPU, against eager PyTorch, torch.compile and a copy: `setriton bench ops`."""
 
-import json
+import functools
+import hashlib
+import math
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import setriton
+from setriton.checks import check_choice
 
+from . import cases
+from .cases import DTYPES, EAGER, IMPLEMENTATIONS, LAYOUTS, OPERATIONS, Call, Function, Group, Workload, plan
 from .environment import environment, results_folder
+from .report import Results, Row
+from .timing import GpuMeter, Meter
 
-# (C, H) of the four stages; R is C // 16.
-SHAPES = ((256, 56), (512, 28), (1024, 14), (2048, 7))
-# Passes over the map that the arithmetic needs: read, read, write; and backward read, read, read, write.
-PASSES = {"forward": 3, "forward and backward": 7}
-
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-Function = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-# Milliseconds of a call: median, 20th and 80th percentile.
-Timer = Callable[[Callable[[], object]], tuple[float, float, float]]
+# The batch of most published timings first, then the ends of the range.
+BATCH_SIZES = (128, 1, 32, 256)
+# How far, by the 2-norm, y and the gradient of the map may be from eager's before a timing is refused. What bfloat16
+# rounds differently is 0.004 of y and, where it flips a ReLU, 0.03 of the gradient; tests catch smaller faults.
+FAR = 1 / 8
 
 
-@dataclass(frozen=True)
-class Row:
-    """One timing. `copy_share` is the achieved bandwidth over that of a device-to-device copy in the same run."""
-
-    implementation: str
-    direction: str
-    batch: int
-    channels: int
-    size: int
-    median_ms: float
-    p20_ms: float
-    p80_ms: float
-    gigabytes_per_second: float
-    copy_share: float
-
-
-def naive(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    """The block as users write it."""
-    q = x.mean((2, 3), keepdim=True)
-    return x * torch.sigmoid(F.conv2d(F.relu(F.conv2d(q, w1, b1)), w2, b2))
-
-
-def run(batch_sizes: Sequence[int], out: Path | None = None) -> list[Path]:
-    """Time every implementation, shape and batch size in bfloat16, channels_last; write squeeze_excite.json and .md.
+def run(
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    operations: Sequence[str] = (),
+    *,
+    seconds: float = math.inf,
+    force: bool = False,
+    out: Path | None = None,
+    dtype: str = "bfloat16",
+    layout: str = "channels_last",
+) -> list[Path]:
+    """Time what ops.json does not hold yet of this environment, and write it, ops.md and roofline.png.
 
     Args:
-        batch_sizes: images per call.
+        batch_sizes: images per call, in the order of measuring.
+        operations: some of `OPERATIONS`, in the order of measuring; none means all.
+        seconds: stop in time, and say what is missing.
+        force: measure what the file holds, too.
         out: folder for the results; None is bench/results/<device>.
+        dtype: of the maps and of the SE weights.
+        layout: of the maps.
+
+    Returns:
+        The files.
 
     Raises:
-        ValueError: no GPU, or a batch size below 1.
+        ValueError: no GPU, a batch size below 1, or an unknown operation, dtype or layout.
     """
-    if not torch.cuda.is_available():
-        raise ValueError("bench ops times kernels on a GPU; torch sees none")
+    for operation in operations:
+        check_choice("ops", operation, OPERATIONS)
+    check_choice("dtype", dtype, DTYPES)
+    check_choice("layout", layout, LAYOUTS)
     if not batch_sizes or min(batch_sizes) < 1:
         raise ValueError(f"batch_sizes must be at least 1; got {batch_sizes}")
+    if not seconds > 0:
+        raise ValueError(f"seconds must be positive; got {seconds}")
+    if not torch.cuda.is_available():
+        raise ValueError("bench ops times kernels on a GPU; torch sees none")
     where = environment()
-    device = torch.device("cuda")
-    copy = copy_bandwidth(device, do_bench)
-    rows = [row for batch in batch_sizes for row in time_shapes(batch, device, do_bench, copy)]
-    return write_results(out or results_folder(where["device"]), where, copy, rows)
-
-
-def do_bench(function: Callable[[], object]) -> tuple[float, float, float]:
-    """Triton's timer: CUDA events, the L2 cache flushed before each call."""
-    from triton.testing import do_bench
-
-    median, p20, p80 = do_bench(function, warmup=25, rep=100, quantiles=[0.5, 0.2, 0.8])
-    return median, p20, p80
-
-
-def copy_bandwidth(device: torch.device, timer: Timer, elements: int = 2**28) -> float:
-    """Gigabytes per second of a copy, read and written: the practical ceiling of any sweep."""
-    source = torch.ones(elements, dtype=torch.bfloat16, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / timer(lambda: target.copy_(source))[0] / 1e6
-
-
-def time_shapes(
-    batch: int, device: torch.device, timer: Timer, copy: float, shapes: Sequence[tuple[int, int]] = SHAPES
-) -> Iterator[Row]:
-    """Rows of all implementations and both directions at one batch size."""
-    for channels, size in shapes:
-        # A static graph for every shape and grad mode: nine of them would pass Dynamo's limit of one function.
-        torch.compiler.reset()
-        implementations: dict[str, Function] = {
-            "eager": naive,
-            "torch.compile": torch.compile(naive, fullgraph=True, dynamic=False),
-            "setriton": setriton.squeeze_excite,
-        }
-        inputs = _inputs(batch, channels, size, device)
-        for direction, passes in PASSES.items():
-            for name, function in implementations.items():
-                median, p20, p80 = timer(_call(function, inputs, direction))
-                bandwidth = passes * inputs[0].nbytes / median / 1e6
-                yield Row(name, direction, batch, channels, size, median, p20, p80, bandwidth, bandwidth / copy)
-
-
-def write_results(folder: Path, where: dict[str, str], copy: float, rows: Sequence[Row]) -> list[Path]:
-    """squeeze_excite.json with everything, squeeze_excite.md to read."""
-    folder.mkdir(parents=True, exist_ok=True)
-    data = {"environment": where, "copy_gigabytes_per_second": copy, "rows": [asdict(row) for row in rows]}
-    paths = [folder / "squeeze_excite.json", folder / "squeeze_excite.md"]
-    paths[0].write_text(json.dumps(data, indent=2) + "\n")
-    paths[1].write_text(_markdown(where, copy, rows))
+    results = Results.open(out or results_folder(where["device"]), {**where, "source": source_digest()})
+    bench = Bench(results, GpuMeter(), dtype, layout)
+    try:
+        bench.measure(plan(batch_sizes, operations), seconds, force=force)
+    finally:
+        paths = results.write_reports()
     return paths
 
 
-def _call(function: Function, inputs: Inputs, direction: str) -> Callable[[], object]:
-    dy = torch.randn_like(inputs[0])
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return function(*inputs)
-
-    def forward_and_backward() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(function(*inputs), inputs, dy)
-
-    return forward if direction == "forward" else forward_and_backward
-
-
-def _inputs(batch: int, channels: int, size: int, device: torch.device) -> Inputs:
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, dtype=torch.bfloat16, device=device)
-
-    reduced = channels // 16
-    x = randn(batch, channels, size, size).to(memory_format=torch.channels_last)
-    weights = randn(reduced, channels, 1, 1), randn(reduced), randn(channels, reduced, 1, 1), randn(channels)
-    for tensor in (x, *weights):
-        tensor.requires_grad_()
-    return x, *weights
+def source_digest() -> str:
+    """Of the files that decide what is timed and how: equal digests make rows comparable, whatever the commit."""
+    package, here = Path(setriton.__file__).parent, Path(__file__).parent
+    kernels = Path(setriton.kernels.__file__).parent
+    files = [path for suffix in ("*.py", "*.json") for path in sorted(kernels.rglob(suffix))]
+    files += [path for name in ("functional", "ops", "reference") for path in sorted(package.glob(f"{name}*.py"))]
+    files += [here / name for name in ("ops.py", "cases.py", "timing.py")]
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
-def _markdown(where: dict[str, str], copy: float, rows: Sequence[Row]) -> str:
-    lines = [
-        "# squeeze_excite, bfloat16, channels_last",
-        "",
-        ", ".join(f"{key} {value}" for key, value in where.items()) + f"; copy {copy:,.0f} GB/s.",
-        "Median of 100 ms of calls, 20th and 80th percentile in brackets; L2 flushed before each call.",
-        "",
-        "| direction | N, C, H=W | implementation | ms | GB/s | of copy |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row.direction} | {row.batch}, {row.channels}, {row.size} | {row.implementation} "
-            f"| {row.median_ms:.4f} ({row.p20_ms:.4f}, {row.p80_ms:.4f}) "
-            f"| {row.gigabytes_per_second:,.0f} | {row.copy_share:.0%} |"
+class Bench:
+    """Measures groups one after another into results."""
+
+    def __init__(
+        self,
+        results: Results,
+        meter: Meter,
+        dtype: str = "bfloat16",
+        layout: str = "channels_last",
+        compiler: cases.Compiler = cases.compile_for_one_shape,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.results = results
+        self.meter = meter
+        self.dtype = dtype
+        self.layout = layout
+        self.compiler = compiler
+        self.clock = clock
+
+    def measure(self, groups: Sequence[Group], seconds: float = math.inf, *, force: bool = False) -> list[Group]:
+        """Measure what the results lack, or everything; the groups that the time did not suffice for."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        todo = [group for group in groups if force or self._missing(group)]
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        start, took = self.clock(), 0.0
+        with Progress(*columns) as progress:
+            say = functools.partial(progress.console.print, highlight=False, markup=False, soft_wrap=True)
+            if self.results.outdated:
+                say(f"{self.results.path} is of another environment or other sources: measuring anew")
+            if len(todo) < len(groups):
+                say(f"{len(groups) - len(todo)} of {len(groups)} maps are in {self.results.path}")
+            task = progress.add_task("", total=len(todo))
+            for index, group in enumerate(todo):
+                begun = self.clock()
+                # Compilation takes most of a group's time, and about as long for each.
+                if begun - start + took > seconds:
+                    say(f"stopped in time; run again for {_counted(todo[index:])}")
+                    return todo[index:]
+                progress.update(task, description=str(group))
+                try:
+                    for rows in self._rows(group, force):
+                        self.results.add(rows)
+                        say(f"{group}, {rows[0].direction}: " + ", ".join(map(_brief, rows)))
+                except torch.OutOfMemoryError as error:
+                    self._fail(str(group), error)
+                for what, why in self.results.failures.items():
+                    if what.startswith(str(group)):
+                        say(f"{what}: {why}", style="red")
+                took = self.clock() - begun
+                progress.advance(task)
+        return []
+
+    def _missing(self, group: Group) -> bool:
+        return any(
+            self._key(group, direction, name) not in self.results.rows
+            for direction in group.operation.passes
+            for name in IMPLEMENTATIONS
         )
-    return "\n".join(lines) + "\n"
+
+    def _rows(self, group: Group, force: bool) -> Iterator[list[Row]]:
+        """Rows of one direction after another."""
+        # A static graph for every map and grad mode: nine of them would pass Dynamo's limit of one function.
+        torch.compiler.reset()
+        work = Workload(
+            group.operation,
+            group.shape,
+            group.batch,
+            self.meter.device,
+            DTYPES[self.dtype],
+            LAYOUTS[self.layout],
+            self.meter.rotate_bytes,
+        )
+        functions = cases.implementations(group.operation, self.compiler)
+        for direction in group.operation.passes:
+            wanted = [
+                name for name in IMPLEMENTATIONS if force or self._key(group, direction, name) not in self.results.rows
+            ]
+            calls = dict(self._right_calls(group, direction, work, functions, wanted))
+            if calls:
+                yield self._time(group, direction, work, calls)
+
+    def _right_calls(
+        self, group: Group, direction: str, work: Workload, functions: dict[str, Function], wanted: Sequence[str]
+    ) -> Iterator[tuple[str, Call]]:
+        """Calls of the implementations that run, and compute what eager PyTorch does."""
+        want = work.outputs(functions[EAGER], direction)[:2] if wanted else []
+        for name in wanted:
+            try:
+                found = work.outputs(functions[name], direction)[:2]
+                for what, ours, eager in zip(("y", "dx"), found, want, strict=False):
+                    _refuse_other_function(what, ours, eager)
+            except Exception as error:  # one compiler's failure on one map leaves the rest worth measuring
+                self._fail(f"{group}, {direction}, {name}", error)
+            else:
+                yield name, work.call(functions[name], direction)
+
+    def _time(self, group: Group, direction: str, work: Workload, calls: dict[str, Call]) -> list[Row]:
+        copy, *timings = self.meter.time([work.copy_call(direction), *calls.values()])
+        rows = []
+        for (name, call), timed in zip(calls.items(), timings, strict=True):
+            peak, kernels = self.meter.peak_bytes(call), self.meter.kernels(call)
+            rows.append(
+                Row(
+                    *self._key(group, direction, name),
+                    timed.median_ms,
+                    timed.p20_ms,
+                    timed.p80_ms,
+                    timed.samples,
+                    copy_ms=copy.median_ms,
+                    gigabytes=work.bytes_moved(direction) / 1e9,
+                    peak_mebibytes=None if peak is None else peak / 2**20,
+                    kernel_ms=None if kernels is None else kernels.milliseconds,
+                    launches=None if kernels is None else kernels.launches,
+                )
+            )
+        return rows
+
+    def _key(self, group: Group, direction: str, name: str) -> tuple[str, str, str, int, int, int, int, str, str]:
+        shape = group.shape
+        where = (group.batch, shape.channels, shape.size, shape.reduced)
+        return group.operation.name, direction, name, *where, self.dtype, self.layout
+
+    def _fail(self, what: str, error: Exception) -> None:
+        reason = str(error).strip().splitlines() or [""]
+        self.results.failures[what] = f"{type(error).__name__}: {reason[0]}"
+
+
+def _refuse_other_function(what: str, found: Tensor, want: Tensor) -> None:
+    difference = (found.float() - want.float()).norm() / want.float().norm()
+    if not difference <= FAR:
+        raise ValueError(f"{what} is {difference:.2f} of its norm from eager PyTorch's")
+
+
+def _counted(groups: Sequence[Group]) -> str:
+    counts = Counter(f"{group.operation.name} N={group.batch}" for group in groups)
+    return ", ".join(f"{name} ({count} maps)" for name, count in counts.items())
+
+
+def _brief(row: Row) -> str:
+    return f"{row.implementation} {row.median_ms:.3f} ms ({row.copy_share:.0%} of copy)"

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from setriton.kernels import squeeze_excite as kernels
+from setriton.kernels import config
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -25,6 +25,15 @@ TARGETS = {
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
     "gfx950": GPUTarget("hip", "gfx950", 64),
+}
+
+
+_NAMES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+    torch.uint8: "u8",
 }
 
 
@@ -56,25 +65,10 @@ def resources(function: Callable[[], Any], target: str) -> list[Resources]:
     """
     if target not in TARGETS:
         raise ValueError(f"target must be one of {', '.join(TARGETS)}; got {target!r}")
-    with _recorded_launches() as launches:
+    is_amd = TARGETS[target].backend == "hip"
+    with _recorded_launches() as launches, mock.patch.object(config, "is_amd", return_value=is_amd):
         function()
     return [_compile(kernel, arguments, options, target) for kernel, arguments, options in launches]
-
-
-def training_step(
-    channels: int = 256, size: int = 28, dtype: torch.dtype = torch.bfloat16, channels_last: bool = True
-) -> Callable[[], None]:
-    """Forward and backward of one SE block with a map (2, channels, size, size), for `resources`."""
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    x = torch.empty(2, channels, size, size, dtype=dtype, memory_format=layout)
-    reduced = channels // 16
-    w1, b1, w2, b2 = (x.new_empty(shape) for shape in ((reduced, channels), reduced, (channels, reduced), channels))
-
-    def step() -> None:
-        y, q, z1, z2 = kernels.squeeze_excite(x, w1, b1, w2, b2, "relu", "sigmoid")
-        kernels.squeeze_excite_backward(y, x, w1, w2, q, z1, z2, "relu", "sigmoid")
-
-    return step
 
 
 Launch = tuple[JITFunction, dict[str, Any], dict[str, Any]]
@@ -97,10 +91,11 @@ def _compile(kernel: JITFunction, arguments: dict[str, Any], options: dict[str, 
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
-        signature[parameter.name] = kind = "constexpr" if parameter.is_constexpr else _kind(value)
+        kind = "constexpr" if parameter.is_constexpr else _kind(value, not parameter.do_not_specialize)
+        signature[parameter.name] = kind
         if kind == "constexpr":
             constants[(index,)] = value
-        elif isinstance(value, torch.Tensor) or value % 16 == 0:
+        elif not parameter.do_not_specialize and _is_aligned(value):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=TARGETS[target], options=options)
@@ -115,13 +110,22 @@ def _compile(kernel: JITFunction, arguments: dict[str, Any], options: dict[str, 
     )
 
 
-def _kind(value: Any) -> str:
+def _kind(value: Any, is_specialized: bool) -> str:
     """The signature entry the launcher would make: Triton bakes None and 1 into the kernel."""
     if isinstance(value, torch.Tensor):
-        return "*" + {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[value.dtype]
-    if value is None or value == 1:
+        return "*" + _NAMES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    if value is None or (value == 1 and is_specialized):
         return "constexpr"
     return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _is_aligned(value: Any) -> bool:
+    """What the launcher tells the compiler: an address, or a number, that 16 divides."""
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr() % 16 == 0
+    return isinstance(value, int) and value % 16 == 0
 
 
 def _registers(asm: dict[str, Any], target: str) -> tuple[int, int]:

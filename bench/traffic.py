@@ -100,33 +100,6 @@ def measure_traffic(function: Callable[[], Any], l2_bytes: int = 0) -> Traffic:
     return traffic
 
 
-def squeeze_excite_traffic(
-    n: int = 2, channels: int = 64, size: int = 16, *, channels_last: bool = True, l2_bytes: int = 0
-) -> tuple[torch.Tensor, Traffic, Traffic]:
-    """A bfloat16 map (n, channels, size, size), and the traffic of squeeze_excite on it, forward and backward."""
-    from setriton.kernels import squeeze_excite as kernels
-
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    x = torch.randn(n, channels, size, size).to(torch.bfloat16).contiguous(memory_format=layout)
-    reduced = max(1, channels // 16)
-    weights = (
-        torch.randn(reduced, channels),
-        torch.randn(reduced),
-        torch.randn(channels, reduced),
-        torch.randn(channels),
-    )
-    w1, b1, w2, b2 = weights
-    saved: list[torch.Tensor] = []
-    forward = measure_traffic(
-        lambda: saved.extend(kernels.squeeze_excite(x, w1, b1, w2, b2, "relu", "sigmoid")), l2_bytes
-    )
-    dy, q, z1, z2 = saved
-    backward = measure_traffic(
-        lambda: kernels.squeeze_excite_backward(dy, x, w1, w2, q, z1, z2, "relu", "sigmoid"), l2_bytes
-    )
-    return x, forward, backward
-
-
 class _Recorder:
     """Attributes each access to the tensor argument of the running launch that it falls into."""
 

@@ -32,3 +32,25 @@ def hw_c_strides(x: Tensor) -> tuple[int, int]:
     """Strides (stride_hw, stride_c) of a dense x seen as N matrices (HW, C)."""
     _, channels, height, width = x.shape
     return (channels, 1) if is_channels_last(x) else (1, height * width)
+
+
+def geometry(x: Tensor) -> dict[str, int | bool]:
+    """Sizes and strides of a dense x, by the names that kernels give them."""
+    _, channels, height, width = x.shape
+    stride_hw, stride_c = hw_c_strides(x)
+    return {
+        "C": channels,
+        "HW": height * width,
+        "stride_hw": stride_hw,
+        "stride_c": stride_c,
+        "WIDE": channels * height * width >= 2**31,
+    }
+
+
+def packed_shape(x: Tensor) -> tuple[int, int, int]:
+    """Shape of one bit for each element of x: bytes of eight channels, rows of pixels that end with a 32-byte sector.
+
+    The same for both layouts: a compiler may hand the backward pass x in another one than the forward pass had.
+    """
+    n, channels, height, width = x.shape
+    return n, -(-channels // 8), -(-height * width // 32) * 32

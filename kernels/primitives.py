@@ -18,8 +18,10 @@ def apply_act(z, ACT: tl.constexpr):
         return z * sigmoid(z)
     elif ACT == "gelu":
         return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    elif ACT == "hardswish":
+        return z * apply_gate(z, "hardsigmoid")
     else:
-        tl.static_assert(ACT == "identity", "act is one of relu, silu, gelu, identity")
+        tl.static_assert(ACT == "identity", "act is one of relu, silu, gelu, hardswish, identity")
         return z
 
 
@@ -34,8 +36,10 @@ def act_grad(z, ACT: tl.constexpr):
     elif ACT == "gelu":
         cdf = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
         return cdf + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+    elif ACT == "hardswish":
+        return tl.where(z <= -3.0, 0.0, tl.where(z >= 3.0, 1.0, z / 3.0 + 0.5))
     else:
-        tl.static_assert(ACT == "identity", "act is one of relu, silu, gelu, identity")
+        tl.static_assert(ACT == "identity", "act is one of relu, silu, gelu, hardswish, identity")
         return tl.full(z.shape, 1.0, tl.float32)
 
 
@@ -47,17 +51,6 @@ def apply_gate(z, GATE: tl.constexpr):
     else:
         tl.static_assert(GATE == "hardsigmoid", "gate is one of sigmoid, hardsigmoid")
         return tl.where(z < -3.0, 0.0, tl.where(z > 3.0, 1.0, z / 6.0 + 0.5))
-
-
-@triton.jit
-def gate_grad(z, GATE: tl.constexpr):
-    """d gate(z) / dz."""
-    if GATE == "sigmoid":
-        s = sigmoid(z)
-        return s * (1.0 - s)
-    else:
-        tl.static_assert(GATE == "hardsigmoid", "gate is one of sigmoid, hardsigmoid")
-        return tl.where((z > -3.0) & (z < 3.0), 1.0 / 6.0, 0.0)
 
 
 @triton.jit
@@ -82,18 +75,7 @@ def block_offsets(block, BLOCK: tl.constexpr, limit):
 @triton.jit
 def image_offset(n, HW, C):
     """Elements before image n, in 64 bits: a batch may pass 2**31 elements."""
-    return n.to(tl.int64) * HW * C
-
-
-@triton.jit
-def map_tile(C, HW, stride_hw, stride_c, WIDE: tl.constexpr, BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr):
-    """What one program of a sweep that writes a map owns: its channels of image n, offs_nc (BLOCK_C) into (N, C) with
-    their mask, and a tile of the map, offs (BLOCK_HW, BLOCK_C) with its mask."""
-    n, block_hw, block_c = unravel(tl.program_id(0), tl.cdiv(C, BLOCK_C), tl.cdiv(HW, BLOCK_HW))
-    offs_c, mask_c = block_offsets(block_c, BLOCK_C, C)
-    offs_hw, mask_hw = block_offsets(block_hw, BLOCK_HW, HW)
-    offs = image_offset(n, HW, C) + tile_offsets(offs_hw, offs_c, stride_hw, stride_c, WIDE)
-    return n.to(tl.int64) * C + offs_c, mask_c, offs, mask_hw[:, None] & mask_c[None, :]
+    return tl.cast(n, tl.int64) * HW * C
 
 
 @triton.jit
@@ -103,3 +85,42 @@ def tile_offsets(offs_hw, offs_c, stride_hw, stride_c, WIDE: tl.constexpr):
         offs_hw = offs_hw.to(tl.int64)
         offs_c = offs_c.to(tl.int64)
     return offs_hw[:, None] * stride_hw + offs_c[None, :] * stride_c
+
+
+@triton.jit
+def tile_at(
+    tile, offs_c, mask_c, HW, stride_hw, stride_c, WIDE: tl.constexpr, BLOCK_HW: tl.constexpr
+):  # fmt: skip
+    """Offsets (BLOCK_HW, BLOCK_C) of one tile inside an image, and the mask of those inside the map."""
+    offs_hw, mask_hw = block_offsets(tile, BLOCK_HW, HW)
+    return tile_offsets(offs_hw, offs_c, stride_hw, stride_c, WIDE), mask_hw[:, None] & mask_c[None, :]
+
+
+@triton.jit
+def load_vector(ptr, offs, mask):
+    """Values of a vector in fp32, 0 beyond the mask."""
+    return tl.load(ptr + offs, mask, 0.0).to(tl.float32)
+
+
+@triton.jit
+def pack_bits(bits, BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Booleans (BLOCK_HW, BLOCK_C) as bytes (BLOCK_HW, BLOCK_C / 8), eight neighbouring channels in each."""
+    bits = tl.reshape(bits.to(tl.int32), (BLOCK_HW, BLOCK_C // 8, 8)) << tl.arange(0, 8)[None, None, :]
+    return tl.sum(bits, axis=2).to(tl.uint8)
+
+
+@triton.jit
+def unpack_bits(packed, BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The booleans (BLOCK_HW, BLOCK_C) that `pack_bits` was given."""
+    bits = (packed.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    return tl.reshape(bits, (BLOCK_HW, BLOCK_C)) != 0
+
+
+@triton.jit
+def packed_tile_at(n, tile, block_c, C, HW, BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Offsets of a tile's bytes in the packed map (N, ceil(C / 8), HW rounded up to 32), and their mask."""
+    rows, columns = tl.cdiv(C, 8), tl.cdiv(HW, 32) * 32
+    offs_hw, mask_hw = block_offsets(tile, BLOCK_HW, HW)
+    offs_c, mask_c = block_offsets(block_c, BLOCK_C // 8, rows)
+    offs = image_offset(n, rows, columns) + offs_c[None, :].to(tl.int64) * columns + offs_hw[:, None]
+    return offs, mask_hw[:, None] & mask_c[None, :]

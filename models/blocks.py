@@ -1,13 +1,16 @@
 """What every residual network here is made of: convolutions, the SE tail of a block, initialisation."""
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from setriton.functional import check_size
-from setriton.modules import SqueezeExcite
+from setriton.checks import check_size
+from setriton.modules import SqueezeExcite, bn_se_forward
 
 MakeSE = Callable[[int], SqueezeExcite]
+Forked = Tensor | tuple[Tensor, Tensor | None]
 
 
 def conv3x3(in_chans: int, out_chans: int, stride: int = 1) -> nn.Conv2d:
@@ -18,8 +21,24 @@ def conv1x1(in_chans: int, out_chans: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_chans, out_chans, 1, stride, bias=False)
 
 
+class _Apart(torch.autograd.Function):
+    """The same memory with an axis of 1 in front, which autograd does not know as a view.
+
+    Inductor returns two outputs of one layout and memory as one tensor: their gradients would be summed outside of the
+    compiled block, and one of them read as zeros inside. The extra axis keeps them apart.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        return y.unsqueeze(0).detach()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return dy.squeeze(0)
+
+
 class ResidualBlock(nn.Module):
-    """A block whose branch ends ``BN -> SE -> + shortcut -> ReLU``; a plain network leaves the SE out.
+    """A block whose branch ends ``BN -> SE -> + shortcut -> ReLU``, one fused call; a plain network leaves the SE out.
 
     The shortcut is `downsample(x)` where the shape changes, else x itself.
     """
@@ -30,16 +49,43 @@ class ResidualBlock(nn.Module):
         self.se = None if make_se is None else make_se(out_chans)
         self.downsample = downsample
 
-    def branch(self, x: Tensor) -> Tensor:
-        """The residual branch, up to and including its last BN."""
+    @property
+    def last_bn(self) -> nn.BatchNorm2d:
+        """The BN at the end of the residual branch."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
+    def branch(self, x: Tensor) -> Tensor:
+        """The residual branch, up to `last_bn`."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, skip: Tensor | None = None, *, fork: bool = False) -> Forked:
+        """The block's output; with `fork` a pair, x and skip of the next block, whose shortcut reads `skip`.
+
+        A forked output has two gradients, which the fused tail sums as it reads them: a pass over the map more, where
+        a sum of its own takes three. A plain block has nothing to fork, and its `skip` is None.
+        """
         y = self.branch(x)
-        if self.se is not None:
-            y = self.se(y)
-        shortcut = x if self.downsample is None else self.downsample(x)
-        return self.relu(y + shortcut)
+        shortcut = x if skip is None else skip.view_as(x)
+        if self.downsample is not None:
+            shortcut = self.downsample(shortcut)
+        if self.se is None:
+            y = self.relu(self.last_bn(y) + shortcut)
+            return (y, None) if fork else y
+        if not fork:
+            return bn_se_forward(self.last_bn, self.se, y, shortcut, out_act="relu")
+        y, y_skip = bn_se_forward(self.last_bn, self.se, y, shortcut, out_act="relu", fork=True)
+        return y, _Apart.apply(y_skip) if torch.compiler.is_compiling() else y_skip
+
+
+class Stage(nn.Sequential):
+    """Blocks of one width, each output forked for the two readers it has in the next block."""
+
+    def forward(self, x: Tensor, skip: Tensor | None = None, *, fork: bool = False) -> Forked:
+        """As `ResidualBlock.forward`."""
+        *blocks, last = self
+        for block in blocks:
+            x, skip = block(x, skip, fork=True)
+        return last(x, skip, fork=fork)
 
 
 class BasicBlock(ResidualBlock):
@@ -56,9 +102,12 @@ class BasicBlock(ResidualBlock):
         self.conv2 = conv3x3(planes, planes)
         self.bn2 = nn.BatchNorm2d(planes)
 
+    @property
+    def last_bn(self) -> nn.BatchNorm2d:
+        return self.bn2
+
     def branch(self, x: Tensor) -> Tensor:
-        x = self.relu(self.bn1(self.conv1(x)))
-        return self.bn2(self.conv2(x))
+        return self.conv2(self.relu(self.bn1(self.conv1(x))))
 
 
 class Bottleneck(ResidualBlock):
@@ -85,10 +134,13 @@ class Bottleneck(ResidualBlock):
         self.conv3 = conv1x1(planes, out_chans)
         self.bn3 = nn.BatchNorm2d(out_chans)
 
+    @property
+    def last_bn(self) -> nn.BatchNorm2d:
+        return self.bn3
+
     def branch(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
-        x = self.relu(self.bn2(self.conv2(x)))
-        return self.bn3(self.conv3(x))
+        return self.conv3(self.relu(self.bn2(self.conv2(x))))
 
 
 def init_weights(model: nn.Module, zero_init_last: bool) -> None:
@@ -101,8 +153,7 @@ def init_weights(model: nn.Module, zero_init_last: bool) -> None:
     if zero_init_last:
         for module in model.modules():
             if isinstance(module, ResidualBlock):
-                last = [child for child in module.children() if isinstance(child, nn.BatchNorm2d)][-1]
-                nn.init.zeros_(last.weight)
+                nn.init.zeros_(module.last_bn.weight)
 
 
 def check_sizes(num_classes: int, in_chans: int, drop_rate: float) -> None:

@@ -6,10 +6,10 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from setriton.functional import check_choice
+from setriton.checks import check_choice
 from setriton.modules import SqueezeExcite
 
-from .blocks import BasicBlock, Bottleneck, MakeSE, check_sizes, conv1x1, init_weights
+from .blocks import BasicBlock, Bottleneck, MakeSE, Stage, check_sizes, conv1x1, init_weights
 from .registry import register
 
 Layout = Literal["caffe", "torch"]
@@ -71,17 +71,17 @@ class ResNet(nn.Module):
             for index in range(depth):
                 blocks.append(_make_block(block, in_width, planes, stride if index == 0 else 1, make_se, layout))
                 in_width = planes * block.expansion
-            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+            self.add_module(f"layer{stage + 1}", Stage(*blocks))
         self.dropout = nn.Dropout(drop_rate)
         self.fc = nn.Linear(in_width, num_classes)
         init_weights(self, zero_init_last)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last feature map: (N, 512 * expansion, H/32, W/32)."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        for name in ("layer1", "layer2", "layer3", "layer4"):
-            x = self.get_submodule(name)(x)
-        return x
+        x, skip = self.maxpool(self.relu(self.bn1(self.conv1(x)))), None
+        for name in ("layer1", "layer2", "layer3"):
+            x, skip = self.get_submodule(name)(x, skip, fork=True)
+        return self.get_submodule("layer4")(x, skip)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, num_classes) of images (N, in_chans, H, W)."""

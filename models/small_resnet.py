@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from setriton.modules import SqueezeExcite
 
-from .blocks import BasicBlock, check_sizes, conv3x3, init_weights
+from .blocks import BasicBlock, Stage, check_sizes, conv3x3, init_weights
 from .registry import register
 
 
@@ -68,17 +68,17 @@ class SmallResNet(nn.Module):
                 shortcut = PadShortcut(planes - in_width) if grows else None
                 blocks.append(BasicBlock(in_width, planes, 2 if grows else 1, shortcut, make_se))
                 in_width = planes
-            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+            self.add_module(f"layer{stage + 1}", Stage(*blocks))
         self.dropout = nn.Dropout(drop_rate)
         self.fc = nn.Linear(in_width, num_classes)
         init_weights(self, zero_init_last)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last feature map: (N, 64, H/4, W/4)."""
-        x = self.relu(self.bn1(self.conv1(x)))
-        for name in ("layer1", "layer2", "layer3"):
-            x = self.get_submodule(name)(x)
-        return x
+        x, skip = self.relu(self.bn1(self.conv1(x))), None
+        for name in ("layer1", "layer2"):
+            x, skip = self.get_submodule(name)(x, skip, fork=True)
+        return self.get_submodule("layer3")(x, skip)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, num_classes) of images (N, in_chans, H, W)."""

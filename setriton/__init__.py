@@ -7,20 +7,32 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .functional import bn_squeeze_excite as bn_squeeze_excite
     from .functional import squeeze_excite as squeeze_excite
     from .models import create_model as create_model
     from .models import list_models as list_models
+    from .modules import BatchNormSqueezeExcite as BatchNormSqueezeExcite
     from .modules import SqueezeExcite as SqueezeExcite
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "bn_squeeze_excite": "functional",
     "squeeze_excite": "functional",
+    "BatchNormSqueezeExcite": "modules",
     "SqueezeExcite": "modules",
     "create_model": "models",
     "list_models": "models",
 }
-__all__ = ["SqueezeExcite", "__version__", "create_model", "list_models", "squeeze_excite"]
+__all__ = [
+    "BatchNormSqueezeExcite",
+    "SqueezeExcite",
+    "__version__",
+    "bn_squeeze_excite",
+    "create_model",
+    "list_models",
+    "squeeze_excite",
+]
 
 
 def __getattr__(name: str) -> Any:

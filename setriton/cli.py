@@ -3,14 +3,15 @@
 import contextlib
 import io
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from . import __version__
+from .cli_bench import bench
+from .command import call, is_rank0, positional, show
 
 # What commands raise for wrong input, answered with one line; SETRITON_TRACEBACK=1 shows where it came from. Anything
 # else is a defect and keeps its traceback.
@@ -52,7 +53,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     from .train import evaluate as run
 
     def command(
-        path: Annotated[Path, _positional()],
+        path: Annotated[Path, positional()],
         source: str | None = None,
         image_size: int | None = None,
         resize: int | None = None,
@@ -81,10 +82,10 @@ def evaluate(arguments: Sequence[str]) -> int:
             parallel=ParallelConfig(precision=precision),
         )
         top5 = "" if result.error_top5 is None else f", top-5 error {result.error_top5:.2f} %"
-        if _is_rank0():
+        if is_rank0():
             print(f"{result.images} images: loss {result.loss:.4f}, top-1 error {result.error_top1:.2f} %{top5}")
 
-    return _call("evaluate", command, arguments)
+    return call("evaluate", command, arguments)
 
 
 def models(arguments: Sequence[str]) -> int:
@@ -94,7 +95,7 @@ def models(arguments: Sequence[str]) -> int:
 
     from .models import create_model, list_models
 
-    def command(pattern: Annotated[str, _positional()] = "*") -> None:
+    def command(pattern: Annotated[str, positional()] = "*") -> None:
         """The networks: names, parameters, classes by default.
 
         Args:
@@ -109,16 +110,16 @@ def models(arguments: Sequence[str]) -> int:
                 model = create_model(name)
             parameters = sum(p.numel() for p in model.parameters())
             table.add_row(name, f"{parameters:,}", f"{model.get_submodule('fc').out_features:,}")
-        _print(table)
+        show(table)
 
-    return _call("models", command, arguments)
+    return call("models", command, arguments)
 
 
 def curves(arguments: Sequence[str]) -> int:
     """Draw training and validation error of finished or running trainings."""
     from .analysis.curves import draw_curves
 
-    def command(runs: Annotated[tuple[Path, ...], _positional()], out: Path = Path("curves.png")) -> None:
+    def command(runs: Annotated[tuple[Path, ...], positional()], out: Path = Path("curves.png")) -> None:
         """Training and validation error over epochs, one colour a run.
 
         Args:
@@ -128,88 +129,50 @@ def curves(arguments: Sequence[str]) -> int:
         draw_curves({str(run): run for run in runs}, out)
         print(out)
 
-    return _call("curves", command, arguments)
+    return call("curves", command, arguments)
 
 
-def bench(arguments: Sequence[str]) -> int:
-    """Benchmarks: `ops` times kernels on this GPU; `resources`, `traffic`: what they need and move, without one."""
-    kinds = {"ops": _bench_ops, "resources": _bench_resources, "traffic": _bench_traffic}
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"usage: setriton bench {'|'.join(kinds)} ...\n\n{bench.__doc__}\n\nOptions: bench ops --help, and so on")
-        return 0 if arguments else 2
-    if arguments[0] not in kinds:
-        raise ValueError(f"bench wants one of {', '.join(kinds)}; got {arguments[0]!r}")
-    return kinds[arguments[0]](arguments[1:])
+def tune(arguments: Sequence[str]) -> int:
+    """Measure on this GPU how launches are best cut, for a network's maps, and store it."""
+    from .tune import run, show_stored
 
+    def command(
+        model: str | None = None,
+        shapes: tuple[str, ...] = (),
+        kinds: tuple[str, ...] = (),
+        batch_size: int = 128,
+        image_size: int | None = None,
+        dtype: str = "bfloat16",
+        layout: str = "channels_last",
+        seconds: float = float("inf"),
+        force: bool = False,
+        out: Path | None = None,
+        show: bool = False,
+    ) -> None:
+        """Measure on this GPU how launches are best cut, for a network's maps, and store it.
 
-def _bench_ops(arguments: Sequence[str]) -> int:
-    from .bench.ops import run
-
-    def command(batch_sizes: tuple[int, ...] = (32, 128), out: Path | None = None) -> None:
-        """Time squeeze_excite on this GPU against eager PyTorch and torch.compile.
-
-        Args:
-            batch_sizes: images per call.
-            out: folder for the results; unset, bench/results/<device>.
-        """
-        for path in run(batch_sizes, out):
-            print(path)
-
-    return _call("bench ops", command, arguments)
-
-
-def _bench_resources(arguments: Sequence[str]) -> int:
-    from .bench.resources import TARGETS, resources, training_step
-
-    def command(targets: tuple[str, ...] = tuple(TARGETS)) -> None:
-        """Registers, spills, shared memory and widest access of every kernel, compiled for GPUs that need not be here.
+        What is stored is not measured again, so a run that was stopped goes on.
 
         Args:
-            targets: sm_80, sm_90, sm_100, sm_120, gfx942, gfx950.
+            model: a network, such as se_resnet50.
+            shapes: maps instead, each N,C,H or N,C,H,W. With neither, those of SE-ResNet-50 and EfficientNet-B0.
+            kinds: launches to tune; unset, all that the maps may need.
+            batch_size: images per call, of a network.
+            image_size: side of its input in pixels; unset, 224, or 32 for the small networks.
+            dtype: of the maps: bfloat16, float16 or float32.
+            layout: of the maps: channels_last or contiguous.
+            seconds: stop in time, and say what is missing.
+            force: measure what is stored, too.
+            out: the .json file to store it in; unset, the user's cache, where launches find it.
+            show: print the stored configurations that apply here, and measure nothing.
         """
-        from rich.table import Table
+        if show:
+            show_stored()
+            return
+        of_model, of_maps = (model, batch_size, image_size), (shapes, dtype, layout)
+        print(run(*of_model, *of_maps, kinds, seconds=seconds, force=force, out=out))
 
-        table = Table("target", "kernel", "registers", "spilled B", "shared B", "access bits")
-        for target in targets:
-            for row in dict.fromkeys(resources(training_step(), target)):
-                numbers = (row.registers, row.spilled, row.shared, row.widest_access)
-                table.add_row(row.target, row.kernel.strip("_").removesuffix("_kernel"), *map(str, numbers))
-        _print(table)
-
-    return _call("bench resources", command, arguments)
-
-
-def _bench_traffic(arguments: Sequence[str]) -> int:
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        # Triton decides at import whether kernels are compiled or interpreted.
-        again = [sys.executable, "-m", "setriton", "bench", "traffic", *arguments]
-        return subprocess.run(again, env=os.environ | {"TRITON_INTERPRET": "1"}).returncode
-    from .bench.traffic import squeeze_excite_traffic
-
-    def command(n: int = 2, channels: int = 64, size: int = 16, l2_mib: int = 50) -> None:
-        """Passes over the feature map that squeeze_excite makes in bfloat16, counted in Triton's interpreter.
-
-        Args:
-            n: images.
-            channels: channels of the map.
-            size: its height and width; small ones take seconds, and O(N*C) terms weigh more in them.
-            l2_mib: the modelled L2 cache, MiB.
-        """
-        from rich.table import Table
-
-        if min(n, channels, size, l2_mib) < 1:
-            raise ValueError(f"n, channels, size and l2_mib must be at least 1; got {(n, channels, size, l2_mib)}")
-        table = Table("layout", "direction", "launches", "passes", "passes to HBM")
-        for layout in ("channels_last", "contiguous"):
-            x, *both = squeeze_excite_traffic(
-                n, channels, size, channels_last=layout == "channels_last", l2_bytes=l2_mib * 2**20
-            )
-            for direction, traffic in zip(("forward", "backward"), both, strict=True):
-                passes = f"{traffic.passes(x):.2f}", f"{traffic.hbm_passes(x):.2f}"
-                table.add_row(layout, direction, str(len(traffic.launches)), *passes)
-        _print(table)
-
-    return _call("bench traffic", command, arguments)
+    return call("tune", command, arguments)
 
 
 def doctor(arguments: Sequence[str]) -> int:
@@ -218,9 +181,9 @@ def doctor(arguments: Sequence[str]) -> int:
 
     def command() -> None:
         """Versions, devices, and whether the kernels run here and are right."""
-        _print(report())
+        show(report())
 
-    return _call("doctor", command, arguments)
+    return call("doctor", command, arguments)
 
 
 def demo(arguments: Sequence[str]) -> int:
@@ -238,13 +201,13 @@ def demo(arguments: Sequence[str]) -> int:
         run(out, ranks, epochs)
 
     try:
-        return _call("demo", command, arguments)
+        return call("demo", command, arguments)
     except RunError as error:
         return _fail("demo", error, status=1)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    function.__name__: function for function in (train, evaluate, models, curves, bench, doctor, demo)
+    function.__name__: function for function in (train, evaluate, models, curves, bench, tune, doctor, demo)
 }
 
 
@@ -268,23 +231,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name == "triton":
             return _fail(name, ImportError(f"{error}; Triton comes with torch's GPU builds for Linux"))
-        extra = "bench" if name == "bench" else "train"
+        extra = "bench" if name in ("bench", "tune") else "train"
         return _fail(name, ImportError(f"{error}; pip install 'setriton[{extra}]' brings what this command needs"))
     except INPUT_ERRORS as error:
         return _fail(name, error)
-
-
-def _call(name: str, command: Callable[..., None], arguments: Sequence[str]) -> int:
-    import tyro
-
-    tyro.cli(command, prog=f"setriton {name}", args=list(arguments), console_outputs=_is_rank0())
-    return 0
-
-
-def _positional() -> Any:
-    import tyro
-
-    return tyro.conf.Positional
 
 
 def _usage() -> str:
@@ -307,7 +257,7 @@ def _fail(name: str, error: BaseException, status: int = 2) -> int:
 @contextlib.contextmanager
 def _rank_0_speaks() -> Iterator[None]:
     """For parsing, in which all ranks fail alike: one message, and torchrun ends no rank before it is out."""
-    if _is_rank0():
+    if is_rank0():
         yield
         return
     try:
@@ -316,13 +266,3 @@ def _rank_0_speaks() -> Iterator[None]:
     except SystemExit:
         time.sleep(5)
         raise
-
-
-def _is_rank0() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _print(renderable: Any) -> None:
-    from rich.console import Console
-
-    Console().print(renderable)

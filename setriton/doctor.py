@@ -8,6 +8,7 @@ from rich.table import Table
 
 from . import __version__, ops, reference
 from .functional import squeeze_excite
+from .kernels import stored
 
 OPTIONAL = ("triton", "torchvision", "timm", "tyro", "tensorboard", "safetensors", "matplotlib", "scikit-learn")
 
@@ -24,7 +25,10 @@ def report() -> Table:
     for device in devices:
         table.add_row(_name(device), check_kernels(device))
     table.add_section()
-    table.add_row("tile shapes", "picked from sizes alone: no tuned configurations are stored in this version")
+    for index in range(torch.cuda.device_count()):
+        table.add_row(f"tile shapes, cuda:{index}", configurations(torch.cuda.get_device_name(index)))
+    if not torch.cuda.device_count():
+        table.add_row("tile shapes", "the cost model's picks: only a GPU can be tuned")
     return table
 
 
@@ -37,6 +41,18 @@ def check_kernels(device: torch.device) -> str:
         return f"{path}: FAILED, {type(problem).__name__}: {problem}"
     verdict = "right" if error < 1e-4 else "WRONG"
     return f"{path}: {verdict}, {error:.0e} from float64, forward and gradients"
+
+
+def configurations(device: str) -> str:
+    """Which configurations launches on a device take."""
+    try:
+        entries = stored.entries_of(device)
+    except ValueError as error:
+        return f"FAILED, {error}"
+    if not entries:
+        return "the cost model's picks; `setriton tune` measures better ones"
+    own = sum(key in entries for key in stored.read(stored.user_file(device), device))
+    return f"{len(entries)} tuned, {own} of them in {stored.user_file(device)}; `setriton tune --show` lists them"
 
 
 def _worst_error(device: torch.device) -> float:

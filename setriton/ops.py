@@ -45,10 +45,11 @@ def _triton_is_installed() -> bool:
 def squeeze_excite(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: str, gate: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, and q (N, C), z1 (N, R), z2 (N, C) in float32, kept for the backward pass."""
-    from .kernels import squeeze_excite as kernels
+    """y, and q (N, C), z1 (N, R), e (N, C) in float32, kept for the backward pass."""
+    from .kernels.forward import Excitation, forward
 
-    return kernels.squeeze_excite(x, w1, b1, w2, b2, act, gate)
+    found = forward(x, Excitation(w1, b1, w2, b2, act, gate))
+    return found.y, found.squeezed, found.z1, found.e
 
 
 @squeeze_excite.register_kernel("cpu")
@@ -66,34 +67,36 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (n, c), r = x.shape[:2], w1.shape[0]
     dtype = reference.accumulate_dtype(x.dtype)
-    z1, (q, z2) = x.new_empty((n, r), dtype=dtype), (x.new_empty((n, c), dtype=dtype) for _ in range(2))
-    return torch.empty_like(as_dense(x)), q, z1, z2
+    z1, (q, e) = x.new_empty((n, r), dtype=dtype), (x.new_empty((n, c), dtype=dtype) for _ in range(2))
+    return torch.empty_like(as_dense(x)), q, z1, e
 
 
 @custom_op("setriton::squeeze_excite_backward", mutates_args=(), device_types="cuda", tags=(torch.Tag.flexible_layout,))
 def squeeze_excite_backward(
-    dy: Tensor, x: Tensor, w1: Tensor, w2: Tensor, q: Tensor, z1: Tensor, z2: Tensor, act: str, gate: str
+    dy: Tensor, x: Tensor, w1: Tensor, w2: Tensor, q: Tensor, z1: Tensor, e: Tensor, act: str, gate: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dw1, db1, dw2, db2; bias gradients, in float32, cost an addition a row and come whether wanted or not."""
-    from .kernels import squeeze_excite as kernels
+    from .kernels.backward import Saved, backward
+    from .kernels.forward import Excitation
 
-    return kernels.squeeze_excite_backward(dy, x, w1, w2, q, z1, z2, act, gate)
+    found = backward(dy, Saved(x, None, None, None, q, z1, e), Excitation(w1, None, w2, None, act, gate))
+    return found.dx, found.dw1.view(w1.shape), found.db1, found.dw2.view(w2.shape), found.db2
 
 
 @squeeze_excite_backward.register_kernel("cpu")
 def _(
-    dy: Tensor, x: Tensor, w1: Tensor, w2: Tensor, q: Tensor, z1: Tensor, z2: Tensor, act: str, gate: str
+    dy: Tensor, x: Tensor, w1: Tensor, w2: Tensor, q: Tensor, z1: Tensor, e: Tensor, act: str, gate: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if INTERPRET and x.dtype in KERNEL_DTYPES:
-        return squeeze_excite_backward._init_fn(dy, x, w1, w2, q, z1, z2, act, gate)
+        return squeeze_excite_backward._init_fn(dy, x, w1, w2, q, z1, e, act, gate)
     x = as_dense(x)
-    dx, dw1, db1, dw2, db2 = reference.squeeze_excite_backward(dy, x, w1, w2, q, z1, z2, act, gate)
+    dx, dw1, db1, dw2, db2 = reference.squeeze_excite_backward(dy, x, w1, w2, q, z1, e, act, gate)
     return torch.empty_like(x).copy_(dx), dw1, db1, dw2, db2
 
 
 @squeeze_excite_backward.register_fake
 def _(
-    dy: Tensor, x: Tensor, w1: Tensor, w2: Tensor, q: Tensor, z1: Tensor, z2: Tensor, act: str, gate: str
+    dy: Tensor, x: Tensor, w1: Tensor, w2: Tensor, q: Tensor, z1: Tensor, e: Tensor, act: str, gate: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     def like(w: Tensor) -> Tensor:
         return w.new_empty(w.shape)
@@ -104,10 +107,10 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     x, w1, b1, w2, b2, ctx.act, ctx.gate = inputs
-    _, q, z1, z2 = output
+    _, q, z1, e = output
     ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in (b1, b2)]
-    ctx.save_for_backward(x, w1, w2, q, z1, z2)
-    ctx.mark_non_differentiable(q, z1, z2)
+    ctx.save_for_backward(x, w1, w2, q, z1, e)
+    ctx.mark_non_differentiable(q, z1, e)
     ctx.set_materialize_grads(False)
 
 

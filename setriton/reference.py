@@ -32,21 +32,27 @@ def _gelu_derivative(z: Tensor) -> Tensor:
     return torch.special.ndtr(z) + z * density
 
 
-def _sigmoid_derivative(z: Tensor) -> Tensor:
-    s = torch.sigmoid(z)
-    return s * (1 - s)
-
-
 ACTS = {
     "relu": Nonlinearity(F.relu, lambda z: (z > 0).to(z.dtype)),
     "silu": Nonlinearity(F.silu, _silu_derivative),
     "gelu": Nonlinearity(F.gelu, _gelu_derivative),
     "identity": Nonlinearity(lambda z: z, torch.ones_like),
 }
+BN_ACTS = {
+    "identity": ACTS["identity"],
+    "relu": ACTS["relu"],
+    "silu": ACTS["silu"],
+    # relu6 rather than F.hardswish for the reason below; the derivative at -3 and 3 is F.hardswish's: 0 and 1.
+    "hardswish": Nonlinearity(
+        lambda z: z * F.relu6(z + 3) / 6, lambda z: (F.relu6(z + 3) + z * ((z > -3) & (z < 3)).to(z.dtype)) / 6
+    ),
+}
+OUT_ACTS = ("identity", "relu")
+# Their derivatives are functions of e = gate(z2), which is what is kept.
 GATES = {
-    "sigmoid": Nonlinearity(torch.sigmoid, _sigmoid_derivative),
+    "sigmoid": Nonlinearity(torch.sigmoid, lambda e: e * (1 - e)),
     # relu6 rather than F.hardsigmoid, whose float64 kernel divides by a float32 constant (3e-8 off).
-    "hardsigmoid": Nonlinearity(lambda z: F.relu6(z + 3) / 6, lambda z: ((z > -3) & (z < 3)).to(z.dtype) / 6),
+    "hardsigmoid": Nonlinearity(lambda z: F.relu6(z + 3) / 6, lambda e: ((e > 0) & (e < 1)).to(e.dtype) / 6),
 }
 
 
@@ -70,25 +76,25 @@ def squeeze_excite(
 def squeeze_excite_with_saved(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, act: str, gate: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, and q (N, C), z1 (N, R), z2 (N, C) that the closed-form gradients need."""
+    """y, and q (N, C), z1 (N, R), e (N, C) that the closed-form gradients need."""
     with torch.no_grad():
         return _forward(x, w1, b1, w2, b2, act, gate)
 
 
 def squeeze_excite_backward(
-    dy: Tensor, x: Tensor, w1: Tensor, w2: Tensor, q: Tensor, z1: Tensor, z2: Tensor, act: str, gate: str
+    dy: Tensor, x: Tensor, w1: Tensor, w2: Tensor, q: Tensor, z1: Tensor, e: Tensor, act: str, gate: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dw1, db1, dw2, db2, from two sweeps: one reads (dy, x), the other reads dy and writes dx; db1, db2 as q."""
     dtype = q.dtype
     m1, m2 = w1.flatten(1).to(dtype), w2.flatten(1).to(dtype)
     with autocast_disabled(x):
         de = (dy.to(dtype) * x.to(dtype)).sum((2, 3))
-        dz2 = de * GATES[gate].derivative(z2)
+        dz2 = de * GATES[gate].derivative(e)
         dz1 = (dz2 @ m2) * ACTS[act].derivative(z1)
         dw2, dw1 = dz2.t() @ ACTS[act].function(z1), dz1.t() @ q
         dq = dz1 @ m1
         hw = x.shape[2] * x.shape[3]
-        dx = dy.to(dtype) * GATES[gate].function(z2)[:, :, None, None] + dq[:, :, None, None] / hw
+        dx = dy.to(dtype) * e[:, :, None, None] + dq[:, :, None, None] / hw
     return (
         dx.to(x.dtype),
         dw1.view(w1.shape).to(w1.dtype),
@@ -106,5 +112,6 @@ def _forward(
         q = x.mean((2, 3), dtype=dtype)
         z1 = F.linear(q, w1.flatten(1).to(dtype), None if b1 is None else b1.to(dtype))
         z2 = F.linear(ACTS[act].function(z1), w2.flatten(1).to(dtype), None if b2 is None else b2.to(dtype))
-        y = x * GATES[gate].function(z2).to(x.dtype)[:, :, None, None]
-    return y, q, z1, z2
+        e = GATES[gate].function(z2)
+        y = x * e.to(x.dtype)[:, :, None, None]
+    return y, q, z1, e

@@ -1,16 +1,18 @@
-"""SqueezeExcite beside timm's and torchvision's modules."""
+"""The modules beside torch's, timm's and torchvision's."""
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import timm
 import torch
 import torchvision
-from timm.layers import SEModule
+from timm.layers import BatchNormAct2d, SEModule
+from torch import nn
 
 import setriton
-from setriton import SqueezeExcite
+from setriton import BatchNormSqueezeExcite, SqueezeExcite
 
 
 def test_hidden_width_is_the_authors() -> None:
@@ -58,6 +60,111 @@ def test_copies_and_devices() -> None:
     for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert torch.equal(twin(x), module(x))
     assert "act=relu, gate=sigmoid" in repr(module)
+
+
+def make_pair(**options: Any) -> tuple[nn.BatchNorm2d, SqueezeExcite]:
+    bn, se = nn.BatchNorm2d(16, **options).double(), SqueezeExcite(16, 1 / 4, dtype=torch.float64)
+    if bn.affine:
+        nn.init.normal_(bn.weight)
+        nn.init.normal_(bn.bias)
+    return bn, se
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"momentum": None}, {"momentum": 0.3, "eps": 1e-2}, {"affine": False}, {"track_running_stats": False}],
+    ids=str,
+)
+def test_the_tails_bookkeeping_is_that_of_batch_norm(options: dict[str, Any]) -> None:
+    bn, se = make_pair(**options)
+    tail = BatchNormSqueezeExcite.from_pair(*copy.deepcopy((bn, se)), bn_act="silu", out_act="relu")
+    x, residual = torch.randn(2, 5, 16, 3, 4, dtype=torch.float64)
+    # Training, evaluation, BN alone frozen, and training again.
+    for mode, bn_mode in ((True, True), (True, True), (False, False), (True, False), (True, True)):
+        tail.train(mode)
+        bn.train(bn_mode)
+        tail.bn.train(bn_mode)
+        want = torch.relu(se(torch.nn.functional.silu(bn(x))) + residual)
+        torch.testing.assert_close(tail(x, residual), want, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(tail.bn.state_dict(), bn.state_dict(), rtol=1e-13, atol=1e-13)
+        x = x + 1
+
+
+def test_a_tail_takes_a_pair_over_and_gives_it_back() -> None:
+    bn, se = make_pair()
+    tail = BatchNormSqueezeExcite.from_pair(bn.eval(), se)
+    assert not tail.training
+    assert tail.to_pair() == (bn, se)
+    assert set(tail.state_dict()) == {f"bn.{key}" for key in bn.state_dict()} | {f"se.{key}" for key in se.state_dict()}
+    tail.load_state_dict(BatchNormSqueezeExcite(16, 1 / 4, dtype=torch.float64).state_dict())
+    assert torch.equal(bn.weight, torch.ones(16))
+    assert "bn_act=identity, out_act=identity" in repr(tail)
+
+
+@pytest.mark.parametrize(
+    "se",
+    [
+        SEModule(16, rd_channels=4),
+        SEModule(16, rd_channels=4, bias=False, act_layer=nn.SiLU, gate_layer="hard_sigmoid"),
+        torchvision.ops.SqueezeExcitation(16, 4),
+        torchvision.ops.SqueezeExcitation(16, 4, nn.GELU, nn.Hardsigmoid),
+    ],
+    ids=["timm", "timm, other functions", "torchvision", "torchvision, other functions"],
+)
+def test_a_tail_of_a_stock_block(se: nn.Module) -> None:
+    bn, x = nn.BatchNorm2d(16), torch.randn(2, 16, 7, 7)
+    tail = BatchNormSqueezeExcite.from_pair(bn, se)
+    torch.testing.assert_close(tail.eval()(x), se(bn(x)))
+    assert tail.se.fc1 is se.fc1
+    assert set(tail.se.state_dict()) == set(se.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("bn", "se", "error", "message"),
+    [
+        (nn.BatchNorm1d(16), SqueezeExcite(16), TypeError, "bn must be an nn.BatchNorm2d or .* got BatchNorm1d"),
+        (BatchNormAct2d(16), SqueezeExcite(16), TypeError, "bn must be .* got BatchNormAct2d"),
+        (nn.BatchNorm2d(16), nn.Conv2d(16, 16, 1), TypeError, "module must be an SE block .* got Conv2d"),
+        (nn.BatchNorm2d(16), SqueezeExcite(8), ValueError, "se must have the 16 channels of bn; got 8"),
+        (nn.BatchNorm2d(16), SEModule(16, norm_layer=nn.BatchNorm2d), ValueError, "no normalization"),
+        (nn.BatchNorm2d(16), SEModule(16, add_maxpool=True), ValueError, "no max pool"),
+        (nn.BatchNorm2d(16), SEModule(16, act_layer=nn.Tanh), ValueError, "act must be one of ReLU, .* got Tanh"),
+        (nn.BatchNorm2d(16), SEModule(16, gate_layer="tanh"), ValueError, "gate must be one of Sigmoid, .* got Tanh"),
+        (
+            nn.BatchNorm2d(16),
+            torchvision.ops.SqueezeExcitation(16, 4, lambda: nn.GELU(approximate="tanh")),
+            ValueError,
+            "act must be one of .* got GELU",
+        ),
+    ],
+)
+def test_pairs_that_have_no_fused_form(bn: nn.Module, se: nn.Module, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        BatchNormSqueezeExcite.from_pair(bn, se)
+
+
+def test_a_tails_options() -> None:
+    tail = BatchNormSqueezeExcite(
+        32, rd_channels=3, bias=False, act="silu", gate="hardsigmoid", eps=1e-3, momentum=0.3, affine=False,
+        track_running_stats=False, bn_act="hardswish", out_act="relu", device="meta", dtype=torch.bfloat16,
+    )  # fmt: skip
+    bn, se = tail.to_pair()
+    assert (bn.eps, bn.momentum, bn.affine, bn.track_running_stats) == (1e-3, 0.3, False, False)
+    assert (se.fc1.out_channels, se.fc1.bias, se.act, se.gate) == (3, None, "silu", "hardsigmoid")
+    assert se.fc1.weight.is_meta
+    assert se.fc1.weight.dtype == torch.bfloat16
+    x = torch.empty(2, 32, 3, 3, device="meta", dtype=torch.bfloat16)
+    assert tail(x, x).shape == x.shape
+
+
+def test_a_tail_compiles_with_its_bookkeeping() -> None:
+    torch._dynamo.reset()
+    tail = BatchNormSqueezeExcite.from_pair(*make_pair())
+    twin = copy.deepcopy(tail)
+    compiled = torch.compile(tail, fullgraph=True)
+    for x in torch.randn(3, 4, 16, 3, 3, dtype=torch.float64):
+        torch.testing.assert_close(compiled(x), twin(x))
+    torch.testing.assert_close(tail.state_dict(), twin.state_dict())
 
 
 def test_public_names() -> None:

@@ -1,25 +1,37 @@
-"""Every kernel compiles for every target: no spills, and 16-byte accesses on aligned maps."""
+"""Every kernel compiles for every target: no spills, shared memory within limits, 16-byte accesses on aligned maps."""
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
 
-from setriton.bench.resources import TARGETS, resources, training_step  # noqa: E402
+from setriton.bench.launches import FORMS, Form, step  # noqa: E402
+from setriton.bench.resources import TARGETS, Resources, resources  # noqa: E402
+
+# What a program may have without asking the driver for more.
+SHARED_BYTES = 48 * 1024
+
+
+def assert_lean(found: list[Resources]) -> None:
+    for launch in found:
+        assert launch.spilled == 0, launch
+        assert launch.shared <= SHARED_BYTES, launch
+        assert launch.widest_access >= 128, launch
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_form_for_every_target(target: str, form: Form) -> None:
+    found = resources(step(form), target)
+    assert len(found) == form.launches + (4 if form.training else 0)
+    assert_lean(found)
 
 
 @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("target", TARGETS)
-def test_no_spills_and_wide_accesses(target: str, dtype: torch.dtype, channels_last: bool) -> None:
-    found = resources(training_step(dtype=dtype, channels_last=channels_last), target)
-    sweeps = {"_squeeze_kernel", "_scale_kernel", "_scale_bwd_reduce_kernel", "_scale_bwd_kernel"}
-    assert {launch.kernel for launch in found} == sweeps | {"_linear_kernel"}
-    for launch in found:
-        assert launch.spilled == 0, launch
-        # A tile of the weights is 512 elements for 128 threads: 4 of them, 8 bytes in 16-bit dtypes, for each.
-        assert launch.widest_access >= (64 if launch.kernel == "_linear_kernel" else 128), launch
-        assert launch.shared <= 48 * 1024, launch
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["SE", "tail, training", "BN-SiLU-SE, training"])
+def test_every_dtype_and_layout(name: str, dtype: torch.dtype, channels_last: bool) -> None:
+    assert_lean(resources(step(FORMS[name], dtype=dtype, channels_last=channels_last), "sm_90"))
 
 
 def test_unknown_target() -> None:

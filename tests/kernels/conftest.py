@@ -8,8 +8,9 @@ import torch
 from setriton.ops import INTERPRET
 
 if INTERPRET:
+    import numpy as np
     import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
 
     _cast = InterpreterBuilder.cast_impl
 
@@ -21,6 +22,16 @@ if INTERPRET:
         return TensorHandle(bits, dst_type.scalar)
 
     InterpreterBuilder.cast_impl = _round_to_nearest
+
+    def _sum(reduction: Any, values: Any) -> Any:
+        """NumPy adds rows one after another where GPUs add in a tree; along the last axis it does as they do."""
+        data = np.moveaxis(values.handle.data, reduction.axis, -1) if reduction.axis is not None else values.handle.data
+        total = np.sum(np.ascontiguousarray(data), axis=None if reduction.axis is None else -1, keepdims=False)
+        if reduction.keep_dims and reduction.axis is not None:
+            total = np.expand_dims(total, reduction.axis)
+        return reduction.to_tensor(total.astype(values.handle.data.dtype), values.dtype)
+
+    ReduceOps.sum = _sum
 
 
 @pytest.fixture

@@ -9,8 +9,7 @@ from torch import nn
 
 from setriton import SqueezeExcite, ops
 from setriton.kernels import primitives
-from setriton.kernels.squeeze_excite import _geometry
-from setriton.kernels.tuning import sweep_tile
+from setriton.kernels.layout import geometry
 
 
 @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
@@ -77,4 +76,4 @@ def test_offsets_past_31_bits(device: torch.device) -> None:
 @pytest.mark.parametrize(("height", "wide"), [(2**10, False), (2**12, True)])
 def test_wide_offsets_are_asked_for(height: int, wide: bool) -> None:
     x = torch.empty(1, 2**10, height, 2**10, device="meta")
-    assert _geometry(x, sweep_tile(x))["WIDE"] is wide
+    assert geometry(x)["WIDE"] is wide

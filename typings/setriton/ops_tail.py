@@ -1,0 +1,1 @@
+../../setriton/ops_tail.py

@@ -1,0 +1,1 @@
+../../setriton/reference_tail.py

@@ -1,0 +1,1 @@
+../../setriton/tune_plan.py

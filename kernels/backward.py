@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import stored
 from .backward_kernels import dx_kernel, excite_gradients_kernel, hidden_gradient_kernel, reduce_kernel
-from .config import Pieces, SweepConfig, dot_precision, excite_blocks, launch_options
+from .config import EXCITE_MAXNREG, Pieces, SweepConfig, dot_precision, excite_blocks, launch_options
 from .forward import BatchNorm, Excitation, matrix
 from .layout import as_dense, as_layout_of, geometry
 from .schedule import counters
@@ -168,14 +168,14 @@ class _Pass:
         shared = {
             "sums_ptr": sums, "e_ptr": self.saved.e, "z1_ptr": self.saved.z1, "dz1_ptr": dz1, "dz2_ptr": dz2,
             "N": n, "C": c, "R": r, "SPLITS": self.pieces.splits, "ACT": self.excitation.act,
-            "PRECISION": dot_precision(), **blocks, **self.affine, **launch_options(4),
+            "PRECISION": dot_precision(), **blocks, **self.affine,
         }  # fmt: skip
         if tiles:
             # One program owns one chunk of the channels that a (BLOCK_N, BLOCK_R) tile of dz1 sums over.
             hidden_gradient_kernel[(tiles * n_chunks,)](
                 w2_ptr=self.w2, chunks_ptr=self._vectors(n_chunks, n, r), counters_ptr=counters(self.x.device, tiles),
                 n_chunks=n_chunks, HAS_G0=self.n_sums != 2, GATE_FN=self.excitation.gate,
-                BLOCK_K=block_k, CHUNK=chunk, **shared,
+                BLOCK_K=block_k, CHUNK=chunk, **shared, **launch_options(4),
             )  # fmt: skip
         blocks_c = triton.cdiv(c, block_g)
         # One program owns BLOCK_G channels of dq, D1 and D2, or a (BLOCK_R, BLOCK_G) tile of dW1 and dW2.
@@ -184,6 +184,7 @@ class _Pass:
             dweight_ptr=gradients.dweight, dbias_ptr=gradients.dbias,
             dw1_ptr=gradients.dw1, db1_ptr=gradients.db1, dw2_ptr=gradients.dw2, db2_ptr=gradients.db2,
             HW=h * w, SQUEEZED_IS_X=self.n_sums == 2, BLOCK_G=block_g, **self.statistics, **shared,
+            **launch_options(4, EXCITE_MAXNREG),
         )  # fmt: skip
         return gradients, dq
 

@@ -112,7 +112,10 @@ def test_bench_resources() -> None:
     pytest.importorskip("triton")
     done = setriton("bench", "resources", "--targets", "sm_90")
     assert done.returncode == 0, done.stderr
-    assert len(re.findall(r"sm_90 +│ squeeze ", done.stdout)) == 1
+    assert "sm_90" in done.stdout
+    # Each operation once, with its kernels below it.
+    assert len(re.findall(r"│ tail, training +│ forward +│ +\d+ +│ 0 ", done.stdout)) == 1
+    assert len(re.findall(r"│ +│ excite_gradients +│ +\d+ +│ 0 ", done.stdout)) == 5
 
 
 @pytest.mark.distributed

@@ -45,7 +45,7 @@ def squeeze_excite(
         b1: bias (R), or None.
         w2: expanding weight (C, R) or (C, R, 1, 1).
         b2: bias (C), or None.
-        act: what stands between the two products: relu, silu, gelu or identity.
+        act: what stands between the two products: relu, silu, gelu, hardswish or identity.
         gate: what maps the result to channel weights: sigmoid or hardsigmoid.
 
     Returns:
@@ -109,7 +109,7 @@ def bn_squeeze_excite(
         momentum: the weight of the batch in the running statistics.
         eps: what is added to the variance.
         bn_act: what stands between BN and SE: identity, relu, silu or hardswish.
-        act: what stands between the two products: relu, silu, gelu or identity.
+        act: what stands between the two products: relu, silu, gelu, hardswish or identity.
         gate: what maps the excitation to channel weights: sigmoid or hardsigmoid.
         out_act: the last step: identity or relu.
         process_group: take the batch's statistics over all its ranks, as nn.SyncBatchNorm does; ranks may hold batches

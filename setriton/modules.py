@@ -30,7 +30,7 @@ class SqueezeExcite(nn.Module):
         rd_ratio: hidden width R over C, rounded down, at least 1. The paper's r = 16 (section 6.1) is 1/16.
         rd_channels: R itself; overrides `rd_ratio`.
         bias: whether the two layers have biases, as in the authors' released networks.
-        act: relu, silu, gelu or identity.
+        act: relu, silu, gelu, hardswish or identity.
         gate: sigmoid or hardsigmoid.
         device, dtype: of the parameters.
 

@@ -36,17 +36,13 @@ ACTS = {
     "relu": Nonlinearity(F.relu, lambda z: (z > 0).to(z.dtype)),
     "silu": Nonlinearity(F.silu, _silu_derivative),
     "gelu": Nonlinearity(F.gelu, _gelu_derivative),
-    "identity": Nonlinearity(lambda z: z, torch.ones_like),
-}
-BN_ACTS = {
-    "identity": ACTS["identity"],
-    "relu": ACTS["relu"],
-    "silu": ACTS["silu"],
     # relu6 rather than F.hardswish for the reason below; the derivative at -3 and 3 is F.hardswish's: 0 and 1.
     "hardswish": Nonlinearity(
         lambda z: z * F.relu6(z + 3) / 6, lambda z: (F.relu6(z + 3) + z * ((z > -3) & (z < 3)).to(z.dtype)) / 6
     ),
+    "identity": Nonlinearity(lambda z: z, torch.ones_like),
 }
+BN_ACTS = {name: ACTS[name] for name in ("identity", "relu", "silu", "hardswish")}
 OUT_ACTS = ("identity", "relu")
 # Their derivatives are functions of e = gate(z2), which is what is kept.
 GATES = {

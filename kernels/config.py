@@ -17,8 +17,8 @@ TILES_PER_PIECE = 16
 PIECES_PER_SM = 12
 # Part of the L2 cache that one group of images may fill: two groups and what is written meanwhile are there at once.
 GROUP_SHARE = 1 / 8
-# Registers a thread of the excitation's products may have. Left alone, ptxas spills: in the forward kernel at 80 where SE
-# alone needs 98 and the products of 64 hidden units 150, in the gradients' at 128 of 162 for sm_120.
+# Registers a thread of the excitation's products may have. Left alone, ptxas spills: in the forward kernel at 80 where
+# SE alone needs 98 and the products of 64 hidden units 150, in the gradients' at 128 of 162 for sm_120.
 EXCITE_MAXNREG = 168
 
 

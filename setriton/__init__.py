@@ -7,6 +7,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .compile.backend import disable as disable
+    from .compile.backend import enable as enable
+    from .compile.explain import explain as explain
+    from .compile.report import compile_report as compile_report
+    from .compile.report import reset_compile_report as reset_compile_report
     from .functional import bn_squeeze_excite as bn_squeeze_excite
     from .functional import squeeze_excite as squeeze_excite
     from .models import create_model as create_model
@@ -21,16 +26,26 @@ _HOMES = {
     "squeeze_excite": "functional",
     "BatchNormSqueezeExcite": "modules",
     "SqueezeExcite": "modules",
+    "compile_report": "compile.report",
     "create_model": "models",
+    "disable": "compile.backend",
+    "enable": "compile.backend",
+    "explain": "compile.explain",
     "list_models": "models",
+    "reset_compile_report": "compile.report",
 }
 __all__ = [
     "BatchNormSqueezeExcite",
     "SqueezeExcite",
     "__version__",
     "bn_squeeze_excite",
+    "compile_report",
     "create_model",
+    "disable",
+    "enable",
+    "explain",
     "list_models",
+    "reset_compile_report",
     "squeeze_excite",
 ]
 

@@ -4,7 +4,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ def setriton(
 
     patches = inductor_options(mode, options)
     report.record(rewrite(graph_module))
-    return compile_fx(graph_module, example_inputs, config_patches=patches)
+    return cast(Callable[..., Any], compile_fx(graph_module, example_inputs, config_patches=patches))
 
 
 def inductor_options(mode: str | None, options: dict[str, Any] | None) -> dict[str, Any]:
@@ -52,7 +52,9 @@ class _Pass(CustomGraphPass):
     """The same as a pass of Inductor's. It has no state: Inductor copies it with its configuration."""
 
     def __call__(self, graph: Graph) -> None:
-        report.record(rewrite(graph.owning_module))
+        module = graph.owning_module
+        assert module is not None
+        report.record(rewrite(module))
 
     def uuid(self) -> str:
         return source_digest()

@@ -19,7 +19,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer: weight (out, in) or (out, in, 1, 1), or (in, out) where transposed; bias of any shape, or None."""
+    """A linear layer: weight (out, in), (out, in, 1, 1) or, transposed, (in, out); bias of any shape, or None."""
 
     weight: Node
     bias: Node | None
@@ -175,7 +175,13 @@ class _Reader:
         if is_map(source) and over == {2, 3}:
             return self._pooled(node, source)
         tensor, before = fake(source), read(source)
-        if tensor is not None and over == {2} and tensor.dim() == 3 and before.name in VIEWS and is_map(before["input"]):
+        if (
+            tensor is not None
+            and over == {2}
+            and tensor.dim() == 3
+            and before.name in VIEWS
+            and is_map(before["input"])
+        ):
             # The mean of what was flattened to (N, C, HW).
             whole = fake(before["input"])
             if whole is not None and is_same(whole.shape[1], tensor.shape[1]):

@@ -55,7 +55,7 @@ class Block:
 
     @property
     def kind(self) -> str:
-        """"se", "bn_se" or "bn_act_se", then "+add" and "+relu"."""
+        """ "se", "bn_se" or "bn_act_se", then "+add" and "+relu"."""
         base = "se" if self.bn is None else "bn_se" if self.bn_act == "identity" else "bn_act_se"
         return base + "+add" * (self.residual is not None) + "+relu" * (self.out_act == "relu")
 

@@ -23,6 +23,7 @@ class Match:
         shape: (N, C, H, W) of the map; a size that may change is a symbol's name.
         hidden: R, the width of the excitation's hidden layer; None where it is unknown.
         training: whether BN takes the batch's statistics.
+        differentiated: whether there will be a backward pass.
         reason: why the block was left alone; None where it was replaced.
         note: why a replaced block's tail ends where it does, where more might have belonged to it.
     """
@@ -33,6 +34,7 @@ class Match:
     shape: tuple[int | str, ...]
     hidden: int | None = None
     training: bool = False
+    differentiated: bool = False
     reason: str | None = None
     note: str | None = None
 
@@ -100,7 +102,7 @@ def record(matches: Iterable[Match]) -> None:
 
 def described(block: Block) -> Match:
     """A block in words and numbers, which outlive its graph."""
-    tensor, excitation = fake(block.x), block.excitation
+    tensor, result, excitation = fake(block.x), fake(block.output), block.excitation
     return Match(
         kind=block.kind,
         module=_module_path(block.product),
@@ -108,6 +110,7 @@ def described(block: Block) -> Match:
         shape=() if tensor is None else tuple(size if isinstance(size, int) else str(size) for size in tensor.shape),
         hidden=None if excitation is None else int(excitation.fc1.outputs),
         training=block.bn is not None and block.bn.training,
+        differentiated=result is not None and result.requires_grad,
         reason=block.reason,
         note=block.note,
     )

@@ -53,7 +53,7 @@ SQUEEZES: dict[str, Function] = {
     "mean of a list, from the last": lambda x: x.mean([-1, -2], keepdim=True),
     "mean, then axes": lambda x: x.mean(dim=(2, 3))[:, :, None, None],
     "torch.mean": lambda x: torch.mean(x, dim=[2, 3], keepdim=True),
-    "numpy's names": lambda x: torch.mean(x, axis=(2, 3), keepdim=True),
+    "numpy's names": lambda x: torch.mean(x, axis=(2, 3), keepdim=True),  # type: ignore[call-overload]
     "adaptive": lambda x: F.adaptive_avg_pool2d(x, 1),
     "adaptive, two sizes": lambda x: F.adaptive_avg_pool2d(x, (1, 1)),
     "average pool": lambda x: F.avg_pool2d(x, (5, 4)),
@@ -91,7 +91,7 @@ LAYERS: dict[str, Callable[[Block, Tensor], Tensor]] = {
     "einsum of maps, weights first": lambda s, q: torch.einsum(
         "cr,nrhw->nchw", s.fc2.weight, F.relu(torch.einsum("rc,nchw->nrhw", s.fc1.weight, q))
     ),
-    "bias of a map": lambda s, q: F.conv2d(F.relu(F.conv2d(q, s.conv1.weight) + s.conv1.bias.view(1, R, 1, 1)),
+    "bias of a map": lambda s, q: F.conv2d(F.relu(F.conv2d(q, s.conv1.weight) + s.fc1.bias.view(1, R, 1, 1)),
                                            s.conv2.weight, s.conv2.bias),
     "convolution and linear": lambda s, q: s.fc2(F.relu(s.conv1(q)).flatten(1)).view(3, C, 1, 1),
     "dropout in evaluation": lambda s, q: s.conv2(F.dropout(F.relu(s.conv1(q)), 0.5, training=False)),
@@ -321,6 +321,7 @@ def test_shared_intermediates() -> None:
 
 def test_statistics_of_one_branch() -> None:
     """BN with batch statistics before the squeeze, without them before the product."""
+
     def body(s: Block, x: Tensor) -> Tensor:
         y = F.batch_norm(x, s.bn.running_mean, s.bn.running_var, s.bn.weight, s.bn.bias, False)
         return y * excite(s, s.bn(x).mean((2, 3), keepdim=True))
@@ -363,6 +364,7 @@ def test_a_tail_ends_before_its_inputs_change() -> None:
 
 def test_sizes_that_are_read() -> None:
     """Of BN's output, whose place the block's input takes."""
+
     def body(s: Block, x: Tensor) -> Tensor:
         y = s.bn(x)
         n, c = y.size(0), y.shape[1]

@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from setriton.compile.report import CompileReport, compile_report, record, reset_compile_report
-from setriton.compile.rewrite import rewrite
 from torch import Tensor, nn
 from torch.fx import GraphModule
+
+from setriton.compile.report import CompileReport, compile_report, record, reset_compile_report
+from setriton.compile.rewrite import rewrite
 
 
 def rewriting(graph_module: GraphModule, example_inputs: Sequence[Tensor]) -> Callable[..., Any]:
@@ -47,9 +48,7 @@ def compare(
     module = module.double()
     twin = copy.deepcopy(module)
     compiled = torch.compile(twin, backend=backend, fullgraph=fullgraph, **options)
-    want, found = (
-        _outcome(run, own, inputs, differentiate) for run, own in ((module, module), (compiled, twin))
-    )
+    want, found = (_outcome(run, own, inputs, differentiate) for run, own in ((module, module), (compiled, twin)))
     for name in want:
         scale = max([t.abs().max().item() for t in want[name] if t.numel()] or [0.0])
         for a, b in zip(want[name], found[name], strict=True):

@@ -13,8 +13,9 @@ JOBS ?= 2
 DEMO ?=
 # Folder of make gpu's results; unset, bench/results/<device>.
 RESULTS ?=
-# Seconds that tests, tuning and benchmarks of make gpu may take each; with these, it ends within eight minutes.
-GPU_SECONDS ?= 140
+# Seconds that the tests of make gpu may take, tuning (half as many), benchmarks of operators (as many) and of networks
+# (half as many again); with these, it ends within eight minutes.
+GPU_SECONDS ?= 100
 # What make sanitize runs: a kernel in it takes tens of times as long.
 SANITIZE ?= tests/kernels -k "empty_batch or layouts_of_input or mixed_dtypes or strided_weights"
 
@@ -68,13 +69,14 @@ GPU_PYTHON = $(GPU_PATH) $(GPU_EXECUTABLE)
 GPU_RESULTS = $(or $(RESULTS),$(shell $(GPU_PYTHON) -c "import hubconf; from setriton.bench import environment as e; \
 	print(e.results_folder(e.environment()['device']))"))
 
-.PHONY: gpu-machine gpu-tests gpu-tuning gpu-benchmarks gpu-host
+.PHONY: gpu-machine gpu-tests gpu-tuning gpu-benchmarks gpu-models gpu-host
 
 # One after another, whatever -j says, and each with a share of the time: run again, the benchmarks go on where they stopped.
 gpu: gpu-machine
 	@$(MAKE) --no-print-directory gpu-tests
 	@$(MAKE) --no-print-directory gpu-tuning
 	@$(MAKE) --no-print-directory gpu-benchmarks
+	@$(MAKE) --no-print-directory gpu-models
 	@$(MAKE) --no-print-directory gpu-host
 
 gpu-machine:
@@ -102,6 +104,12 @@ gpu-benchmarks:
 	@echo "== benchmarks, for $(GPU_SECONDS) seconds"
 	@$(GPU_PYTHON) -c "import hubconf; from pathlib import Path; from setriton.bench.ops import run; \
 		print(*run(seconds=$(GPU_SECONDS), out=Path('$(GPU_RESULTS)')), sep='\n')"
+
+# Compilers take most of it, and find in their caches what they compiled in an earlier run.
+gpu-models:
+	@echo "== networks, for about $$(( $(GPU_SECONDS) * 3 / 2 )) seconds"
+	@$(GPU_PYTHON) -c "import hubconf; from pathlib import Path; from setriton.bench.models import run; \
+		print(*run(seconds=$(GPU_SECONDS) * 3 / 2, out=Path('$(GPU_RESULTS)')), sep='\n')"
 
 gpu-host:
 	@echo "== what a call costs the host"

@@ -1,7 +1,5 @@
 """setriton's operators on this GPU, against eager PyTorch, torch.compile and a copy: `setriton bench ops`."""
 
-import functools
-import hashlib
 import math
 import time
 from collections import Counter
@@ -9,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import setriton
 from setriton.checks import check_choice
@@ -17,14 +14,12 @@ from setriton.checks import check_choice
 from . import cases
 from .cases import DTYPES, EAGER, IMPLEMENTATIONS, LAYOUTS, OPERATIONS, Call, Function, Group, Workload, plan
 from .environment import environment, results_folder
+from .measure import ResumableBench, check_run, digest, refuse_other_results
 from .report import Results, Row
 from .timing import GpuMeter, Meter
 
 # The batch of most published timings first, then the ends of the range.
 BATCH_SIZES = (128, 1, 32, 256)
-# How far, by the 2-norm, y and the gradient of the map may be from eager's before a timing is refused. What bfloat16
-# rounds differently is 0.004 of y and, where it flips a ReLU, 0.03 of the gradient; tests catch smaller faults.
-FAR = 1 / 8
 
 
 def run(
@@ -56,14 +51,8 @@ def run(
     """
     for operation in operations:
         check_choice("ops", operation, OPERATIONS)
-    check_choice("dtype", dtype, DTYPES)
     check_choice("layout", layout, LAYOUTS)
-    if not batch_sizes or min(batch_sizes) < 1:
-        raise ValueError(f"batch_sizes must be at least 1; got {batch_sizes}")
-    if not seconds > 0:
-        raise ValueError(f"seconds must be positive; got {seconds}")
-    if not torch.cuda.is_available():
-        raise ValueError("bench ops times kernels on a GPU; torch sees none")
+    check_run("bench ops", batch_sizes, seconds, dtype)
     where = environment()
     results = Results.open(out or results_folder(where["device"]), {**where, "source": source_digest()})
     bench = Bench(results, GpuMeter(), dtype, layout)
@@ -75,20 +64,19 @@ def run(
 
 
 def source_digest() -> str:
-    """Of the files that decide what is timed and how: equal digests make rows comparable, whatever the commit."""
+    """Of the files that decide what is timed and how."""
     package, here = Path(setriton.__file__).parent, Path(__file__).parent
     kernels = Path(setriton.kernels.__file__).parent
     files = [path for suffix in ("*.py", "*.json") for path in sorted(kernels.rglob(suffix))]
     files += [path for name in ("functional", "ops", "reference") for path in sorted(package.glob(f"{name}*.py"))]
-    files += [here / name for name in ("ops.py", "cases.py", "timing.py")]
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:12]
+    files += [here / name for name in ("ops.py", "cases.py", "measure.py", "timing.py")]
+    return digest(files)
 
 
-class Bench:
+class Bench(ResumableBench[Group, Row]):
     """Measures groups one after another into results."""
+
+    unit = "maps"
 
     def __init__(
         self,
@@ -99,46 +87,11 @@ class Bench:
         compiler: cases.Compiler = cases.compile_for_one_shape,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.results = results
+        super().__init__(results, clock)
         self.meter = meter
         self.dtype = dtype
         self.layout = layout
         self.compiler = compiler
-        self.clock = clock
-
-    def measure(self, groups: Sequence[Group], seconds: float = math.inf, *, force: bool = False) -> list[Group]:
-        """Measure what the results lack, or everything; the groups that the time did not suffice for."""
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        todo = [group for group in groups if force or self._missing(group)]
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        start, took = self.clock(), 0.0
-        with Progress(*columns) as progress:
-            say = functools.partial(progress.console.print, highlight=False, markup=False, soft_wrap=True)
-            if self.results.outdated:
-                say(f"{self.results.path} is of another environment or other sources: measuring anew")
-            if len(todo) < len(groups):
-                say(f"{len(groups) - len(todo)} of {len(groups)} maps are in {self.results.path}")
-            task = progress.add_task("", total=len(todo))
-            for index, group in enumerate(todo):
-                begun = self.clock()
-                # Compilation takes most of a group's time, and about as long for each.
-                if begun - start + took > seconds:
-                    say(f"stopped in time; run again for {_counted(todo[index:])}")
-                    return todo[index:]
-                progress.update(task, description=str(group))
-                try:
-                    for rows in self._rows(group, force):
-                        self.results.add(rows)
-                        say(f"{group}, {rows[0].direction}: " + ", ".join(map(_brief, rows)))
-                except torch.OutOfMemoryError as error:
-                    self._fail(str(group), error)
-                for what, why in self.results.failures.items():
-                    if what.startswith(str(group)):
-                        say(f"{what}: {why}", style="red")
-                took = self.clock() - begun
-                progress.advance(task)
-        return []
 
     def _missing(self, group: Group) -> bool:
         return any(
@@ -178,7 +131,7 @@ class Bench:
             try:
                 found = work.outputs(functions[name], direction)[:2]
                 for what, ours, eager in zip(("y", "dx"), found, want, strict=False):
-                    _refuse_other_function(what, ours, eager)
+                    refuse_other_results(what, ours, eager)
             except Exception as error:  # one compiler's failure on one map leaves the rest worth measuring
                 self._fail(f"{group}, {direction}, {name}", error)
             else:
@@ -210,21 +163,10 @@ class Bench:
         where = (group.batch, shape.channels, shape.size, shape.reduced)
         return group.operation.name, direction, name, *where, self.dtype, self.layout
 
-    def _fail(self, what: str, error: Exception) -> None:
-        reason = str(error).strip().splitlines() or [""]
-        self.results.failures[what] = f"{type(error).__name__}: {reason[0]}"
+    def _brief(self, group: Group, rows: Sequence[Row]) -> str:
+        times = (f"{row.implementation} {row.median_ms:.3f} ms ({row.copy_share:.0%} of copy)" for row in rows)
+        return f"{group}, {rows[0].direction}: " + ", ".join(times)
 
-
-def _refuse_other_function(what: str, found: Tensor, want: Tensor) -> None:
-    difference = (found.float() - want.float()).norm() / want.float().norm()
-    if not difference <= FAR:
-        raise ValueError(f"{what} is {difference:.2f} of its norm from eager PyTorch's")
-
-
-def _counted(groups: Sequence[Group]) -> str:
-    counts = Counter(f"{group.operation.name} N={group.batch}" for group in groups)
-    return ", ".join(f"{name} ({count} maps)" for name, count in counts.items())
-
-
-def _brief(row: Row) -> str:
-    return f"{row.implementation} {row.median_ms:.3f} ms ({row.copy_share:.0%} of copy)"
+    def _counted(self, groups: Sequence[Group]) -> str:
+        counts = Counter(f"{group.operation.name} N={group.batch}" for group in groups)
+        return ", ".join(f"{name} ({count} maps)" for name, count in counts.items())

@@ -1,23 +1,19 @@
 """The files of `setriton bench ops`: ops.json, which holds every number, and what is made of it to look at."""
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from .cases import FUSED, IMPLEMENTATIONS, OPERATIONS
+from .measure import AnyRow, Key, StoredResults
 from .timing import METHOD
-
-# Rows are comparable where these are equal; commit and date are those of the last run.
-IDENTITY = ("device", "driver", "torch", "triton", "setriton", "source")
-Key = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(AnyRow):
     """One implementation on one map.
 
     `gigabytes` are what the arithmetic needs to move, over 1e9, the same for every implementation; `copy_ms` is the
@@ -46,7 +42,6 @@ class Row:
 
     @property
     def key(self) -> Key:
-        """What was measured, without what came out."""
         names = (self.operation, self.direction, self.implementation)
         return (*names, self.batch, self.channels, self.size, self.reduced, self.dtype, self.layout)
 
@@ -64,71 +59,18 @@ class Row:
         return self.copy_ms / self.median_ms
 
 
-@dataclass
-class Results:
-    """Rows of one environment, on disk after each call of `add`."""
+class Results(StoredResults[Row]):
+    """ops.json, and ops.md and roofline.png beside it."""
 
-    folder: Path
-    environment: dict[str, str]
-    rows: dict[Key, Row] = field(default_factory=dict)
-    # Why an implementation has no row, by what it is and where.
-    failures: dict[str, str] = field(default_factory=dict)
-    # What ops.json held was measured in another environment, and goes with the first row written.
-    outdated: bool = False
+    name = "ops.json"
+    row = Row
+    method = METHOD
 
-    @classmethod
-    def open(cls, folder: Path, environment: dict[str, str]) -> "Results":
-        """With the rows that the folder's ops.json has of the same environment; others are not read.
-
-        Raises:
-            ValueError: ops.json is no result of this benchmark.
-        """
-        results = cls(folder, environment)
-        if results.path.exists():
-            try:
-                data = json.loads(results.path.read_text())
-                results.outdated = any(data["environment"][name] != environment[name] for name in IDENTITY)
-                if not results.outdated:
-                    rows = [Row(**row) for row in data["rows"]]
-                    results.rows = {row.key: row for row in rows}
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{results.path} is no result of this benchmark; move it away ({error})") from None
-        return results
-
-    @property
-    def path(self) -> Path:
-        return self.folder / "ops.json"
-
-    def add(self, rows: Sequence[Row]) -> None:
-        """Keep rows, in place of those with the same keys."""
-        self.rows.update((row.key, row) for row in rows)
-        self._write_json()
-
-    def write_reports(self) -> list[Path]:
-        """ops.md and roofline.png, made of the rows; all paths. Without a row, none, and older files stay."""
-        if not self.rows:
-            return []
-        self._write_json()
+    def _write_pages(self, rows: Sequence[Row]) -> list[Path]:
         table, picture = self.folder / "ops.md", self.folder / "roofline.png"
-        rows = list(self.rows.values())
         table.write_text(markdown(self.environment, rows, self.failures))
         draw_roofline(self.environment, rows, picture)
-        return [self.path, table, picture]
-
-    def _write_json(self) -> None:
-        head = {"environment": self.environment, "method": METHOD, "failures": self.failures}
-        # A row a line: a measurement made again is a line in a diff.
-        rows = ",\n".join(f"  {json.dumps(_rounded(asdict(row)))}" for row in self.rows.values())
-        text = json.dumps(head, indent=1).removesuffix("\n}") + f',\n "rows": [\n{rows}\n ]\n}}\n'
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(text)
-        temporary.replace(self.path)
-
-
-def _rounded(row: dict[str, Any]) -> dict[str, Any]:
-    """Events tick in 0.5 microseconds: six digits hold all that was measured."""
-    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in row.items()}
+        return [table, picture]
 
 
 def markdown(environment: Mapping[str, str], rows: Sequence[Row], failures: Mapping[str, str]) -> str:

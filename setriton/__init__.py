@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from .compile.explain import explain as explain
     from .compile.report import compile_report as compile_report
     from .compile.report import reset_compile_report as reset_compile_report
+    from .convert import accelerate as accelerate
+    from .convert import restore as restore
     from .functional import bn_squeeze_excite as bn_squeeze_excite
     from .functional import squeeze_excite as squeeze_excite
     from .models import create_model as create_model
@@ -26,6 +28,7 @@ _HOMES = {
     "squeeze_excite": "functional",
     "BatchNormSqueezeExcite": "modules",
     "SqueezeExcite": "modules",
+    "accelerate": "convert",
     "compile_report": "compile.report",
     "create_model": "models",
     "disable": "compile.backend",
@@ -33,11 +36,13 @@ _HOMES = {
     "explain": "compile.explain",
     "list_models": "models",
     "reset_compile_report": "compile.report",
+    "restore": "convert",
 }
 __all__ = [
     "BatchNormSqueezeExcite",
     "SqueezeExcite",
     "__version__",
+    "accelerate",
     "bn_squeeze_excite",
     "compile_report",
     "create_model",
@@ -46,6 +51,7 @@ __all__ = [
     "explain",
     "list_models",
     "reset_compile_report",
+    "restore",
     "squeeze_excite",
 ]
 

@@ -10,8 +10,8 @@ from .command import call, show
 
 
 def bench(arguments: Sequence[str]) -> int:
-    """Benchmarks: `ops` times kernels on this GPU; `resources`, `traffic`: what they need and move, without one."""
-    kinds = {"ops": _bench_ops, "resources": _bench_resources, "traffic": _bench_traffic}
+    """Benchmarks: `ops`, `models` time kernels, networks on this GPU; `resources`, `traffic` need none."""
+    kinds = {"ops": _bench_ops, "models": _bench_models, "resources": _bench_resources, "traffic": _bench_traffic}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"usage: setriton bench {'|'.join(kinds)} ...\n\n{bench.__doc__}\n\nOptions: bench ops --help, and so on")
         return 0 if arguments else 2
@@ -50,6 +50,55 @@ def _bench_ops(arguments: Sequence[str]) -> int:
             print(path)
 
     return call("bench ops", command, arguments)
+
+
+def _bench_models(arguments: Sequence[str]) -> int:
+    from .bench.models import BATCH_SIZES, run
+
+    def command(
+        networks: tuple[str, ...] = (),
+        batch_sizes: tuple[int, ...] = BATCH_SIZES,
+        image_size: int = 224,
+        modes: tuple[str, ...] = ("training", "inference"),
+        ways: tuple[str, ...] = (),
+        seconds: float = float("inf"),
+        force: bool = False,
+        out: Path | None = None,
+        dtype: str = "bfloat16",
+    ) -> None:
+        """Time networks with SE on this GPU: what SE costs them, and what compiling them takes.
+
+        The price is the time over that of the same network without SE under torch.compile. What the results hold of
+        this environment is not measured again, so a run that was stopped goes on.
+
+        Args:
+            networks: names of setriton's networks (se_resnet50) or timm's (seresnet50), in the order of measuring;
+                unset, nine of both.
+            batch_sizes: images of a step, in the order of measuring.
+            image_size: height and width of the images.
+            modes: training, inference or both.
+            ways: eager; plain, the network without SE under torch.compile; backend, torch.compile(backend="setriton");
+                compile, torch.compile; or accelerate, setriton.accelerate and torch.compile; unset, all.
+            seconds: stop in time, and say what is missing.
+            force: measure what the results hold, too.
+            out: folder for the results; unset, bench/results/<device>.
+            dtype: of autocast: bfloat16, float16 or, for none, float32.
+        """
+        paths = run(
+            networks,
+            batch_sizes,
+            image_size=image_size,
+            modes=modes,
+            ways=ways,
+            seconds=seconds,
+            force=force,
+            out=out,
+            dtype=dtype,
+        )
+        for path in paths:
+            print(path)
+
+    return call("bench models", command, arguments)
 
 
 def _bench_resources(arguments: Sequence[str]) -> int:

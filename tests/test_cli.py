@@ -29,7 +29,7 @@ def setriton(*arguments: str | Path, **environment: str) -> subprocess.Completed
         (["models", "vgg*"], "no network matches 'vgg*'"),
         (["curves"], "runs must name at least one training run"),
         (["curves", "nowhere"], "nowhere holds no metrics.csv"),
-        (["bench", "speed"], "bench wants one of ops, resources, traffic; got 'speed'"),
+        (["bench", "speed"], "bench wants one of ops, models, resources, traffic; got 'speed'"),
         (["curves", "nowhere", "--out", "picture"], "nowhere holds no metrics.csv"),
         (["bench", "resources", "--targets", "sm_10"], "target must be one of sm_80"),
         (["evaluate", "nowhere.safetensors"], "no exported network nowhere.safetensors"),

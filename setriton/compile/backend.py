@@ -36,8 +36,11 @@ def setriton(
     from torch._inductor.compile_fx import compile_fx
 
     patches = inductor_options(mode, options)
-    report.record(rewrite(graph_module))
-    return cast(Callable[..., Any], compile_fx(graph_module, example_inputs, config_patches=patches))
+    found = rewrite(graph_module)
+    compiled = compile_fx(graph_module, example_inputs, config_patches=patches)
+    # Not before: Inductor may ask Dynamo to begin anew, with numbers that it wants to be constants.
+    report.record(found)
+    return cast(Callable[..., Any], compiled)
 
 
 def inductor_options(mode: str | None, options: dict[str, Any] | None) -> dict[str, Any]:

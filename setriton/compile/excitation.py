@@ -57,6 +57,8 @@ def read_excitation(gate: Node, x: Node) -> tuple[Excitation, set[Node]]:
 
 def looks_squeezed(gate: Node) -> bool:
     """Whether a node's value is made of a pooled map by way of vectors alone, as in an attention over channels."""
+    if vector_size(gate) is None and read(gate).name not in ("expand", "expand_as"):
+        return False
     todo, seen = [gate], {gate}
     while todo and len(seen) < _REACH:
         node = todo.pop()
@@ -209,7 +211,7 @@ def _operands(op: Op, node: Any) -> tuple[Any, Any, Any, bool]:
     if op.name == "conv2d" and weight is not None:
         if op["groups"] not in (None, 1):
             raise Refused("a grouped convolution in the gate")
-        if tuple(weight.shape[2:]) != (1, 1) or op["padding"] not in (None, 0, (0, 0), [0, 0], "valid"):
+        if tuple(weight.shape[2:]) != (1, 1) or op["padding"] not in (None, 0, (0, 0), [0, 0], "valid", "same"):
             raise Refused("a spatial convolution in the gate")
         return op["input"], op["weight"], op["bias"], False
     if op.name == "linear" and _is_matrix(op["input"]):

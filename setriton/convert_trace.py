@@ -1,0 +1,227 @@
+"""Modules read by symbolic tracing: which are SE blocks, and which are plain functions."""
+
+import re
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Interpreter, Node, Tracer
+from torch.nn.parameter import is_lazy
+
+from .compile.rewrite import rewrite
+from .compile.spelling import read
+from .functional import squeeze_excite
+from .modules import SqueezeExcite
+from .reference import ACTS
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_NAMED_SE = re.compile(r"^SE$|SE(Block|Layer|Module|Unit)$|Squeeze(And)?Exc")
+# Two weights, two biases, and those of a normalization for each layer.
+_MOST_PARAMETERS = 8
+
+
+class Left(Exception):
+    """What looks like an SE block or its tail cannot be replaced; the message says why."""
+
+
+class BlockTracer(Tracer):
+    """Inlines the children at the paths given, or all of them; without their hooks, which are not to see proxies."""
+
+    def __init__(self, inlined: Collection[str] | None = None) -> None:
+        super().__init__()
+        # Else tracing would run what a forward does to its buffers.
+        self.proxy_buffer_attributes = True
+        self.inlined = inlined
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        path = self.path_of_module(m)
+        if self.inlined is None and isinstance(m, nn.modules.batchnorm._BatchNorm):
+            # Its own forward cannot be traced: it looks at the number of axes.
+            return F.batch_norm(args[0], m.running_mean, m.running_var, m.weight, m.bias, training=True)
+        if self.inlined is None or path in self.inlined:
+            return m.forward(*args, **kwargs)
+        return self.create_proxy("call_module", path, args, kwargs)
+
+
+def plain_function(module: nn.Module) -> str | None:
+    """The name of the one function that a module applies, "identity" for none; None if it does anything else."""
+    if next(module.parameters(), None) is not None:
+        return None
+    try:
+        graph = _trace(module)
+    except Left:
+        return None
+    if len(graph.nodes) == 2 and graph.output_node().args[0] is next(iter(graph.nodes)):
+        return "identity"
+    return read(graph.output_node().args[0]).name or None if len(graph.nodes) == 3 else None
+
+
+def read_squeeze_excite(module: nn.Module) -> Node | None:
+    """What a module amounts to: a call of `squeeze_excite`, in a graph whose parameters are paths in the module.
+
+    Returns:
+        None where the module does not look like an SE block.
+
+    Raises:
+        Left: it looks like one, and is another thing or cannot be replaced.
+    """
+    if isinstance(module, torch.jit.ScriptModule | GraphModule) or any(map(is_lazy, module.parameters())):
+        return None
+    if isinstance(module, SqueezeExcite) and type(module).forward is SqueezeExcite.forward:
+        return _call_of_ours(module)
+    is_named_so = any(_NAMED_SE.search(kind.__name__) for kind in type(module).__mro__)
+    if not (is_named_so or _has_two_layers(module)):
+        return None
+    try:
+        call = _call(module, _trace(module))
+    except _Untraceable:
+        if is_named_so:
+            raise
+        return None
+    if call is None and is_named_so:
+        raise Left("not recognized as an SE block")
+    if call is not None:
+        if "forward" in vars(module):
+            raise Left("it has a forward of its own")
+        require_not_called((path, child) for path, child in module.named_modules() if path)
+    return call
+
+
+def require_not_called(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """Left where one of the modules, which a fused forward does not call, has to be called."""
+    for path, module in modules:
+        if (reason := why_called(module)) is not None:
+            raise Left(f"{path} has {reason}")
+
+
+def why_called(module: nn.Module) -> str | None:
+    """What a module has that takes effect only if the module itself is called; None where its class says it all."""
+    if any(getattr(module, name) for name in _HOOKS):
+        return "hooks"
+    return "a forward of its own" if "forward" in vars(module) else None
+
+
+def first_line(error: Exception) -> str:
+    """Of an error's message, without what torch.fx adds below."""
+    return str(error).partition("\n")[0]
+
+
+class _Untraceable(Left):
+    pass
+
+
+def _trace(module: nn.Module) -> Graph:
+    """The graph of a module with all its children inlined, if it is the same in training and in evaluation."""
+    graphs = []
+    for training in (True, False):
+        with _borrowed(module, training):
+            try:
+                graphs.append(BlockTracer().trace(module))
+            except Exception as error:
+                raise _Untraceable(f"cannot be traced: {first_line(error)}") from error
+    graph, other = graphs
+    if str(graph) != str(other):
+        raise _Untraceable("not the same in training and in evaluation")
+    return graph
+
+
+@contextmanager
+def _borrowed(module: nn.Module, training: bool) -> Iterator[None]:
+    """Set the mode, and give all attributes back as they were.
+
+    Raises:
+        _Untraceable: there are others than before, which a fused forward would not set.
+    """
+    before = [(vars(child), dict(vars(child))) for child in module.modules()]
+    for attributes, _ in before:
+        attributes["training"] = training
+    try:
+        yield
+        for attributes, saved in before:
+            changed = [name for name, value in attributes.items() if saved.get(name, before) is not value]
+            if names := ", ".join(name for name in changed if name != "training"):
+                raise _Untraceable(f"its forward sets {names}")
+    finally:
+        for attributes, saved in before:
+            attributes.clear()
+            attributes.update(saved)
+
+
+def _has_two_layers(module: nn.Module) -> bool:
+    parameters = list(module.parameters())
+    if len(parameters) > _MOST_PARAMETERS:
+        return False
+    shapes = [p.shape[:2] for p in parameters if p.dim() >= 2 and p.shape[2:].numel() == 1]
+    return any(w1 == w2[::-1] for i, w1 in enumerate(shapes) for w2 in shapes[i + 1 :])
+
+
+def _call(module: nn.Module, graph: Graph) -> Node | None:
+    """The call of `squeeze_excite` that the whole graph is rewritten to.
+
+    Raises:
+        Left: what looks like an SE block in it is none.
+    """
+    found = []
+    for width in _widths(module):
+        graph_module = GraphModule(module, graph)
+        if _propagate(graph_module, width):
+            found = rewrite(graph_module)
+            break
+    for match in found:
+        if match.reason is not None:
+            raise Left(match.reason)
+    graph.eliminate_dead_code()
+    result = graph.output_node().args[0]
+    if not isinstance(result, Node) or result.target is not squeeze_excite:
+        return None
+    x, *weights = result.args
+    is_whole = [node for node in graph.nodes if node.op == "placeholder"] == [x] and all(map(_is_parameter, weights))
+    return result if is_whole and result.kwargs["act"] in ACTS else None
+
+
+def _widths(module: nn.Module) -> list[int]:
+    """C, if the first weight is the reducing one as a convolution holds it, or transposed."""
+    weights = [p for p in module.parameters() if p.dim() >= 2]
+    return [weights[0].shape[1], weights[0].shape[0]] if weights else []
+
+
+class _Shapes(Interpreter):
+    """Runs a graph on tensors without data, and notes each node's."""
+
+    def fetch_attr(self, target: str) -> Any:
+        value = super().fetch_attr(target)
+        return torch.empty(value.shape, dtype=value.dtype, device="meta") if isinstance(value, Tensor) else value
+
+    def run_node(self, n: Node) -> Any:
+        n.meta["val"] = value = super().run_node(n)
+        return value
+
+
+def _propagate(graph_module: GraphModule, channels: int) -> bool:
+    """Whether a graph takes maps of so many channels; then its nodes know the shapes of their values."""
+    try:
+        with torch.no_grad():
+            # No two sizes are the same, and none is 1.
+            x = torch.empty(3, channels, 5, 7, dtype=next(graph_module.parameters()).dtype, device="meta")
+            _Shapes(graph_module).run(x)
+    except Exception:
+        return False
+    return True
+
+
+def _is_parameter(value: Any) -> bool:
+    """Whether a value is a parameter, a view of one, or None."""
+    if not isinstance(value, Node):
+        return value is None
+    return value.op == "get_attr" or (len(value.all_input_nodes) == 1 and _is_parameter(value.all_input_nodes[0]))
+
+
+def _call_of_ours(module: SqueezeExcite) -> Node:
+    graph, found = Graph(), dict(module.named_parameters())
+    x = graph.placeholder("x")
+    names = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
+    weights = [graph.get_attr(name) if name in found else None for name in names]
+    return graph.call_function(squeeze_excite, (x, *weights), {"act": module.act, "gate": module.gate})

@@ -7,8 +7,9 @@ INSTALLED = $(VENV)/installed
 # The interpreter of Triton 3.6, which torch 2.11 brings, breaks with NumPy 2.4.
 OLDEST = torch==2.11.0 torchvision==0.26.0 "numpy<2.4"
 CONSTRAINTS ?=
-# pytest's processes; each test has one core to itself.
+# pytest's processes; each test has one core to itself, or threads of two would wait for each other.
 JOBS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS)
 # Options of the demonstration, such as DEMO="--epochs 5".
 DEMO ?=
 # Folder of make gpu's results; unset, bench/results/<device>.
@@ -45,11 +46,11 @@ demo: $(INSTALLED)
 
 test: lint kernels
 	@echo "== reference path, networks, training under torchrun, command line, packaging"
-	$(BIN)/python -m pytest tests --ignore tests/kernels --numprocesses $(JOBS) --benchmark-disable
+	$(PYTEST) tests --ignore tests/kernels --benchmark-disable
 
 kernels: $(INSTALLED)
 	@echo "== kernels, in Triton's interpreter on the CPU"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels --numprocesses $(JOBS)
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels
 
 lint: $(INSTALLED)
 	@echo "== ruff and mypy"

@@ -35,7 +35,7 @@ GOOD_TAIL = {name: t for name, t in TAIL._asdict().items() if not name.startswit
         ({"x": torch.ones(2, 0, 4, 4)}, ValueError, r"x must have shape .* with C at least 1; got \(2, 0, 4, 4\)"),
         ({"x": torch.ones(2, 8, 4, 4).to_sparse()}, TypeError, r"x must be dense; got layout torch.sparse_coo"),
         ({"act": ["relu"]}, ValueError, r"act must be one of .* got \['relu'\]"),
-        ({"act": "tanh"}, ValueError, r"act must be one of relu, silu, gelu, identity; got 'tanh'"),
+        ({"act": "tanh"}, ValueError, r"act must be one of relu, silu, gelu, hardswish, identity; got 'tanh'"),
         ({"gate": "relu"}, ValueError, r"gate must be one of sigmoid, hardsigmoid; got 'relu'"),
     ],
 )
@@ -67,7 +67,7 @@ def test_wrong_arguments(changed: dict[str, Any], error: type[Exception], messag
         ({"momentum": float("nan")}, ValueError, "momentum must be at least 0; got nan"),
         ({"eps": -1e-5}, ValueError, "eps must be at least 0; got -1e-05"),
         ({"bn_act": "gelu"}, ValueError, "bn_act must be one of identity, relu, silu, hardswish; got 'gelu'"),
-        ({"act": "tanh"}, ValueError, "act must be one of relu, silu, gelu, identity; got 'tanh'"),
+        ({"act": "tanh"}, ValueError, "act must be one of relu, silu, gelu, hardswish, identity; got 'tanh'"),
         ({"gate": "relu"}, ValueError, "gate must be one of sigmoid, hardsigmoid; got 'relu'"),
         ({"out_act": "silu"}, ValueError, "out_act must be one of identity, relu; got 'silu'"),
         ({"process_group": "world"}, TypeError, "process_group must be a torch.distributed.ProcessGroup; got 'world'"),

@@ -74,7 +74,13 @@ FAMILIES = tuple(
     )
 ) + tuple(
     Family(name, "torchvision", hard=hard)
-    for name, hard in (("efficientnet_b0", False), ("mobilenet_v3_small", True), ("regnet_y_400mf", False))
+    for name, hard in (
+        ("efficientnet_b0", False),
+        ("efficientnet_v2_s", False),
+        ("mobilenet_v3_large", True),
+        ("mobilenet_v3_small", True),
+        ("regnet_y_400mf", False),
+    )
 )
 
 

@@ -11,14 +11,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu, "identity": lambda z: z}
+ACTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "hardswish": lambda z: z * F.relu6(z + 3) / 6,
+    "identity": lambda z: z,
+}
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "hardsigmoid": lambda z: F.relu6(z + 3) / 6}
 NAMES = ("y", "dx", "dw1", "db1", "dw2", "db2")
 U = 2.0**-24
 # exp, erf and a division or two: eight roundings are more than any of the functions takes.
 FUNCTION = 8 * U
 # Largest slopes of the functions and of their derivatives.
-ACT_SLOPE = {"relu": (1.0, 0.0), "identity": (1.0, 0.0), "silu": (1.1, 0.5), "gelu": (1.13, 0.8)}
+ACT_SLOPE = {
+    "relu": (1.0, 0.0),
+    "identity": (1.0, 0.0),
+    "silu": (1.1, 0.5),
+    "gelu": (1.13, 0.8),
+    "hardswish": (1.5, 1 / 3),
+}
 GATE_SLOPE = {"sigmoid": (0.25, 0.1), "hardsigmoid": (1 / 6, 0.0)}
 
 

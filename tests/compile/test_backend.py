@@ -95,7 +95,7 @@ def test_caches_are_warm_in_another_process(tmp_path: Path) -> None:
     assert found == [["0", "hits", "1", "misses", "1", "blocks"], ["1", "hits", "0", "misses", "1", "blocks"]]
 
 
-def test_enable_and_disable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_enable_and_disable() -> None:
     from torch._inductor import config
 
     setriton.enable()
@@ -106,8 +106,11 @@ def test_enable_and_disable(monkeypatch: pytest.MonkeyPatch) -> None:
         setriton.disable()
     assert config.pre_grad_custom_pass is None
     assert compare(Network(), image(), backend="inductor") == []
-    monkeypatch.setattr(config, "pre_grad_custom_pass", lambda graph: None)
-    with pytest.raises(RuntimeError, match="pre_grad_custom_pass is taken"):
+    # Not monkeypatch's: what undoes that deletes the option.
+    with (
+        config.patch(pre_grad_custom_pass=lambda graph: None),
+        pytest.raises(RuntimeError, match="pre_grad_custom_pass is taken"),
+    ):
         setriton.enable()
 
 

@@ -101,7 +101,8 @@ def test_enable_and_disable() -> None:
     setriton.enable()
     try:
         setriton.enable()
-        assert len(compare(Network(), image(), backend="inductor").replaced) == 3
+        with config.patch(fx_graph_cache=False):  # what an earlier run has left there is not matched again
+            assert len(compare(Network(), image(), backend="inductor").replaced) == 3
     finally:
         setriton.disable()
     assert config.pre_grad_custom_pass is None

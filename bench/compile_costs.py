@@ -3,20 +3,16 @@
 In a process that has compiled before, imports and caches in memory hide what a user waits for.
 """
 
-import importlib
-import multiprocessing
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from .child import in_child
 from .networks import Case, Step, Way, Workload, random_batch
 
 
@@ -47,17 +43,8 @@ def costs(case: Case, way: Way, device: torch.device) -> Costs:
         RuntimeError: it fails there.
     """
     with tempfile.TemporaryDirectory() as cache:
-        cold = _in_child(case, way, device, cache, ())
-        return Costs(cold, _in_child(case, way, device, cache, (case.batch + 1, case.batch + 2)))
-
-
-def _in_child(case: Case, way: Way, device: torch.device, cache: str, batches: Sequence[int]) -> FirstStep:
-    # A checkout that nobody installed is found by hubconf's import hook, which a child does not inherit.
-    hook: dict[str, Any] = {"initializer": importlib.import_module, "initargs": ("hubconf",)}
-    with ProcessPoolExecutor(
-        1, multiprocessing.get_context("spawn"), **(hook if "hubconf" in sys.modules else {})
-    ) as child:
-        return child.submit(_try_first_step, case, way, device, cache, batches).result()
+        cold = in_child(_try_first_step, case, way, device, cache, ())
+        return Costs(cold, in_child(_try_first_step, case, way, device, cache, (case.batch + 1, case.batch + 2)))
 
 
 def _try_first_step(case: Case, way: Way, device: torch.device, cache: str, batches: Sequence[int]) -> FirstStep:

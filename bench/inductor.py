@@ -6,14 +6,10 @@ same everywhere.
 """
 
 import contextlib
-import importlib
 import math
-import multiprocessing
 import pickle
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -23,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .child import in_child
 from .pretended_gpu import move_to_fake_cuda, pretend
 
 
@@ -128,12 +125,7 @@ def generated_code(
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise TypeError(f"block.make must be picklable, as classes and functions of a module are: {error}") from None
     lengths = (3, 4) if in_chain else (0,)
-    # A checkout that nobody installed is found by hubconf's import hook, which a child does not inherit.
-    hook: dict[str, Any] = {"initializer": importlib.import_module, "initargs": ("hubconf",)}
-    with ProcessPoolExecutor(
-        1, multiprocessing.get_context("spawn"), **(hook if "hubconf" in sys.modules else {})
-    ) as child:
-        found = child.submit(_compile, pickled, lengths, training, shape, channels_last).result()
+    found = in_child(_compile, pickled, lengths, training, shape, channels_last)
     return found[0] if len(found) == 1 else {name: _difference(found[1][name], found[0][name]) for name in found[0]}
 
 

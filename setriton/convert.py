@@ -13,6 +13,7 @@ from typing import Any, ClassVar, cast
 from torch import nn
 from torch.fx import Graph, Node
 
+from .compile.report import table
 from .convert_tails import BlockReader
 from .convert_trace import Left, read_squeeze_excite
 from .modules import SqueezeExcite
@@ -39,9 +40,7 @@ class Report:
         lines = [f"SE blocks: {len(self.replaced)} replaced, {untouched} left"]
         paths = [*self.replaced, *(path for path in self.left if path not in self.replaced)]
         rows = [(path or "the model", self.replaced.get(path, "-"), self.left.get(path, "")) for path in paths]
-        widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
-        lines += [f"  {path:{widths[0]}}  {kind:{widths[1]}}  {reason}".rstrip() for path, kind, reason in rows]
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  {line}" for line in table(rows))])
 
 
 def accelerate(model: nn.Module) -> Report:

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import functools
-import hashlib
 import math
 import os
 import time
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .bench.environment import environment
+from .bench.measure import digest
 from .bench.timing import GpuMeter, Meter
 from .command import show
 from .kernels import stored
@@ -98,10 +98,7 @@ def shipped_file() -> Path:
 
 def source_digest() -> str:
     """Of the kernels: what was measured with other ones is measured again."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(stored.__file__).parent.glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:12]
+    return digest(sorted(Path(stored.__file__).parent.glob("*.py")))
 
 
 class Tuner:

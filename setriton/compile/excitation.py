@@ -5,9 +5,10 @@ from typing import Any, NoReturn
 
 from torch.fx import Node
 
+from setriton.reference import ACTS
+
 from .spelling import VIEWS, Op, axes, fake, is_full_slice, is_map, is_same, name_of, read, vector_size
 
-_ACTS = ("relu", "silu", "gelu", "hardswish")
 _POOLS = ("mean", "adaptive_avg_pool2d", "avg_pool2d", "adaptive_max_pool2d", "amax")
 # Nodes between a gate and its squeeze: seven as most networks write it, three times as many as some do.
 _REACH = 32
@@ -131,7 +132,7 @@ class _Reader:
     def _act(self, node: Any) -> tuple[str, Any]:
         node = self._strip(node)
         op = read(node)
-        if op.name in _ACTS and op["approximate"] in (None, "none"):
+        if op.name in ACTS and op["approximate"] in (None, "none"):
             self._take(node)
             return op.name, op["input"]
         if op.name == "mul":

@@ -5,12 +5,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch.fx import Graph, Node
+from torch.fx import Node
+
+from setriton.reference import BN_ACTS
 
 from .excitation import Excitation, Refused, looks_squeezed, read_excitation
 from .spelling import changes, changes_mode, fake, is_map, number, read, reads_shape, same_shape
-
-BN_ACTS = ("relu", "silu", "hardswish")
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,6 @@ class Block:
         """ "se", "bn_se" or "bn_act_se", then "+add" and "+relu"."""
         base = "se" if self.bn is None else "bn_se" if self.bn_act == "identity" else "bn_act_se"
         return base + "+add" * (self.residual is not None) + "+relu" * (self.out_act == "relu")
-
-
-def find_blocks(graph: Graph) -> list[Block]:
-    """All blocks of a graph with fake tensors in its nodes' meta, in order, and what looks like one but is refused.
-
-    Blocks may share nodes at their ends: the residual of one is often the output of another.
-    """
-    return [block for node in graph.nodes if (block := match(node)) is not None]
 
 
 def match(node: Node) -> Block | None:

@@ -1,6 +1,7 @@
 """Two copies of a network take the same step: what converted networks are compared by."""
 
 import torch
+from graphs import randomize
 from torch import Tensor, nn
 
 from setriton import SqueezeExcite
@@ -8,14 +9,7 @@ from setriton import SqueezeExcite
 
 def randomized(model: nn.Module) -> nn.Module:
     """In float64, with BN as after training: timm starts the last gamma of a block at 0, which would hide the block."""
-    for module in model.double().modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            assert module.running_mean is not None
-            assert module.running_var is not None
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.2)
-            nn.init.normal_(module.running_mean, std=0.2)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    randomize(model.double())
     return model
 
 

@@ -91,6 +91,7 @@ def generated_code(
     in_chain: bool = True,
     shape: tuple[int, int, int, int] = (32, 256, 56, 56),
     channels_last: bool = True,
+    rewritten: bool = False,
 ) -> dict[str, GeneratedCode]:
     """Kernels and passes of one block under bfloat16 autocast, its convolutions of maps not counted.
 
@@ -101,6 +102,7 @@ def generated_code(
             do. Otherwise a graph that holds the block alone, whose inputs and outputs no other kernel could fuse.
         shape: N, C, H, W of the map.
         channels_last: layout of the maps and of the weights.
+        rewritten: whether SE blocks are replaced first, as ``backend="setriton"`` does.
 
     Returns:
         "forward" and, in training, "backward".
@@ -125,7 +127,7 @@ def generated_code(
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise TypeError(f"block.make must be picklable, as classes and functions of a module are: {error}") from None
     lengths = (3, 4) if in_chain else (0,)
-    found = in_child(_compile, pickled, lengths, training, shape, channels_last)
+    found = in_child(_compile, pickled, lengths, training, shape, channels_last, rewritten)
     return found[0] if len(found) == 1 else {name: _difference(found[1][name], found[0][name]) for name in found[0]}
 
 
@@ -147,7 +149,12 @@ class _Chain(nn.Module):
 
 
 def _compile(
-    pickled: bytes, lengths: Sequence[int], training: bool, shape: tuple[int, int, int, int], channels_last: bool
+    pickled: bytes,
+    lengths: Sequence[int],
+    training: bool,
+    shape: tuple[int, int, int, int],
+    channels_last: bool,
+    rewritten: bool,
 ) -> list[dict[str, GeneratedCode]]:
     """In the child: the code of one chain of each length."""
     # Here, where a failure is an exception to report; one to unpickle arguments ends the process.
@@ -166,7 +173,7 @@ def _compile(
                 for _ in range(1 + (block.residual and not chain.convolutions))
             ]
             try:
-                found.append(_generate(chain, maps, training))
+                found.append(_generate(chain, maps, training, rewritten))
             except Exception as error:  # The compiler's own exceptions cannot all be sent to another process.
                 raise RuntimeError(f"Inductor generates no code for {block}: {error}") from None
     return found
@@ -176,11 +183,13 @@ class _Stop(BaseException):
     """Not an Exception, of which the compiler makes others."""
 
 
-def _generate(module: nn.Module, maps: Sequence[Tensor], training: bool) -> dict[str, GeneratedCode]:
+def _generate(module: nn.Module, maps: Sequence[Tensor], training: bool, rewritten: bool) -> dict[str, GeneratedCode]:
     import torch._functorch.config
     import torch._inductor.config
     from torch._inductor import compile_fx, metrics
     from torch._inductor.graph import GraphLowering
+
+    from setriton.compile.rewrite import rewrite
 
     found: dict[str, GeneratedCode] = {}
 
@@ -200,6 +209,8 @@ def _generate(module: nn.Module, maps: Sequence[Tensor], training: bool) -> dict
         return run
 
     def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        if rewritten:
+            rewrite(graph)
         return compile_fx.compile_fx(graph, inputs, inner_compile=compile_graph)
 
     def call(*maps: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from setriton import ops, ops_tail
 from setriton.compile.report import CompileReport, compile_report, record, reset_compile_report
 from setriton.compile.rewrite import rewrite
 
@@ -81,3 +82,10 @@ def _outcome(
         "buffer": buffers,
         "count": counts,
     }
+
+
+def without_tags(make: Callable[[int], nn.Module], channels: int) -> nn.Module:
+    """A module, in a process in which no op of setriton's has a tag from here on."""
+    for op in (ops.squeeze_excite, ops.squeeze_excite_backward, ops_tail._forward, ops_tail._backward):
+        op._opoverload._tags = []
+    return make(channels)

@@ -1,24 +1,68 @@
-"""What every residual network here is made of: convolutions, the SE tail of a block, initialisation."""
+"""What every residual network here is made of: convolutions, blocks with SE in one of its places, initialisation."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from setriton.checks import check_size
+from setriton.checks import check_choice
 from setriton.modules import SqueezeExcite, bn_se_forward
 
-MakeSE = Callable[[int], SqueezeExcite]
-Forked = Tensor | tuple[Tensor, Tensor | None]
+from .se import ACTS, SEOptions, bn_se
+from .stages import Forked
+
+POSITIONS = ("standard", "pre", "post", "identity", "3x3")
+STAGES = (2, 3, 4, 5)
 
 
-def conv3x3(in_chans: int, out_chans: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_chans, out_chans, 3, stride, padding=1, bias=False)
+def conv3x3(in_chans: int, out_chans: int, stride: int = 1, dilation: int = 1, groups: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_chans, out_chans, 3, stride, dilation, dilation, groups, bias=False)
 
 
 def conv1x1(in_chans: int, out_chans: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_chans, out_chans, 1, stride, bias=False)
+
+
+@dataclass(frozen=True)
+class BlockSEOptions(SEOptions):
+    """SE blocks in residual blocks, and where (arXiv 1709.01507, sections 6.4 and 6.5).
+
+    Raises:
+        ValueError: also for a place or a stage that does not exist.
+    """
+
+    se_position: Literal["standard", "pre", "post", "identity", "3x3"] = "standard"
+    """standard: on the residual branch, after its last BN. pre: before the branch, on the block's input; the shortcut
+    reads the input as it was. post: after the sum and ReLU. identity: on the shortcut, behind its projection. 3x3:
+    after the 3x3 convolution's BN, before its ReLU. The shortcut of pre, the projection of identity and the BN and ReLU
+    of 3x3 are choices made here: the paper does not say."""
+    se_stages: Sequence[int] = STAGES
+    """The stages that have SE, as the paper counts them: 2 to 5, the first convolution being stage 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("se_position", self.se_position, POSITIONS)
+        if isinstance(self.se_stages, str) or not set(self.se_stages) <= set(STAGES):
+            raise ValueError(f"se_stages must be some of {STAGES}; got {self.se_stages!r}")
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382): in training, an image's map becomes 0 with probability `rate`."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        keep = 1 - self.rate
+        return x * x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(keep).div_(keep)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}"
 
 
 class _Apart(torch.autograd.Function):
@@ -41,13 +85,34 @@ class ResidualBlock(nn.Module):
     """A block whose branch ends ``BN -> SE -> + shortcut -> ReLU``, one fused call; a plain network leaves the SE out.
 
     The shortcut is `downsample(x)` where the shape changes, else x itself.
+
+    Args:
+        in_chans, mid_chans, out_chans: of the block, its 3x3 convolution's output, and its output.
+        downsample: projects the shortcut, or None.
+        se: how and where its SE block is, or None.
+        bn_act: what stands between the last BN and SE: identity or relu.
+        drop_path: probability that an image skips the branch in training.
     """
 
-    def __init__(self, out_chans: int, downsample: nn.Module | None, make_se: MakeSE | None) -> None:
+    def __init__(
+        self,
+        in_chans: int,
+        mid_chans: int,
+        out_chans: int,
+        *,
+        downsample: nn.Module | None = None,
+        se: BlockSEOptions | None = None,
+        bn_act: str = "identity",
+        drop_path: float = 0.0,
+    ) -> None:
         super().__init__()
         self.relu = nn.ReLU(inplace=True)
-        self.se = None if make_se is None else make_se(out_chans)
+        self.se_position = None if se is None else se.se_position
+        width = {"pre": in_chans, "3x3": mid_chans}.get(self.se_position or "", out_chans)
+        self.se = None if se is None else se.make(width)
         self.downsample = downsample
+        self.drop_path = DropPath(drop_path)
+        self.bn_act = bn_act
 
     @property
     def last_bn(self) -> nn.BatchNorm2d:
@@ -62,45 +127,43 @@ class ResidualBlock(nn.Module):
         """The block's output; with `fork` a pair, x and skip of the next block, whose shortcut reads `skip`.
 
         A forked output has two gradients, which the fused tail sums as it reads them: a pass over the map more, where
-        a sum of its own takes three. A plain block has nothing to fork, and its `skip` is None.
+        a sum of its own takes three. Where the block does not end in a fused tail `skip` is None.
         """
-        y = self.branch(x)
+        se, position = self.se, self.se_position
         shortcut = x if skip is None else skip.view_as(x)
         if self.downsample is not None:
             shortcut = self.downsample(shortcut)
-        if self.se is None:
-            y = self.relu(self.last_bn(y) + shortcut)
-            return (y, None) if fork else y
-        if not fork:
-            return bn_se_forward(self.last_bn, self.se, y, shortcut, out_act="relu")
-        y, y_skip = bn_se_forward(self.last_bn, self.se, y, shortcut, out_act="relu", fork=True)
-        return y, _Apart.apply(y_skip) if torch.compiler.is_compiling() else y_skip
-
-
-class Stage(nn.Sequential):
-    """Blocks of one width, each output forked for the two readers it has in the next block."""
-
-    def forward(self, x: Tensor, skip: Tensor | None = None, *, fork: bool = False) -> Forked:
-        """As `ResidualBlock.forward`."""
-        *blocks, last = self
-        for block in blocks:
-            x, skip = block(x, skip, fork=True)
-        return last(x, skip, fork=fork)
+        if se is not None and position == "pre":
+            x = se(x)
+        elif se is not None and position == "identity":
+            shortcut = se(shortcut)
+        y = self.branch(x)
+        if se is None or position != "standard":
+            y = self.relu(self.drop_path(ACTS[self.bn_act](self.last_bn(y))) + shortcut)
+            y = se(y) if se is not None and position == "post" else y
+        elif self.training and self.drop_path.rate > 0:
+            y = self.relu(self.drop_path(bn_se(self.last_bn, se, y, bn_act=self.bn_act)) + shortcut)
+        elif fork and isinstance(se, SqueezeExcite):
+            y, y_skip = bn_se_forward(self.last_bn, se, y, shortcut, bn_act=self.bn_act, out_act="relu", fork=True)
+            return y, _Apart.apply(y_skip) if torch.compiler.is_compiling() else y_skip
+        else:
+            y = bn_se(self.last_bn, se, y, shortcut, bn_act=self.bn_act, out_act="relu")
+        return (y, None) if fork else y
 
 
 class BasicBlock(ResidualBlock):
     """Two 3x3 convolutions; the stride is in the first."""
 
-    expansion = 1
-
     def __init__(
-        self, in_chans: int, planes: int, stride: int, downsample: nn.Module | None, make_se: MakeSE | None
+        self, in_chans: int, out_chans: int, *, stride: int = 1, dilations: tuple[int, int] = (1, 1), **options: Any
     ) -> None:
-        super().__init__(planes, downsample, make_se)
-        self.conv1 = conv3x3(in_chans, planes, stride)
-        self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = conv3x3(planes, planes)
-        self.bn2 = nn.BatchNorm2d(planes)
+        super().__init__(in_chans, out_chans, out_chans, **options)
+        if self.se_position == "3x3":
+            raise ValueError("se_position must not be 3x3 in basic blocks, which have two such convolutions")
+        self.conv1 = conv3x3(in_chans, out_chans, stride, dilations[0])
+        self.bn1 = nn.BatchNorm2d(out_chans)
+        self.conv2 = conv3x3(out_chans, out_chans, 1, dilations[1])
+        self.bn2 = nn.BatchNorm2d(out_chans)
 
     @property
     def last_bn(self) -> nn.BatchNorm2d:
@@ -111,27 +174,28 @@ class BasicBlock(ResidualBlock):
 
 
 class Bottleneck(ResidualBlock):
-    """1x1 reduce, 3x3, 1x1 expand by 4; the stride is in the first 1x1 (`stride_in_1x1`) or in the 3x3."""
-
-    expansion = 4
+    """1x1, grouped 3x3 and 1x1 convolutions; the stride is in the first 1x1 (`stride_in_1x1`) or in the 3x3."""
 
     def __init__(
         self,
         in_chans: int,
-        planes: int,
-        stride: int,
-        downsample: nn.Module | None,
-        make_se: MakeSE | None,
-        stride_in_1x1: bool,
+        reduced: int,
+        mid_chans: int,
+        out_chans: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+        stride_in_1x1: bool = False,
+        **options: Any,
     ) -> None:
-        out_chans = planes * self.expansion
-        super().__init__(out_chans, downsample, make_se)
+        super().__init__(in_chans, mid_chans, out_chans, **options)
         stride_1x1, stride_3x3 = (stride, 1) if stride_in_1x1 else (1, stride)
-        self.conv1 = conv1x1(in_chans, planes, stride_1x1)
-        self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = conv3x3(planes, planes, stride_3x3)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.conv3 = conv1x1(planes, out_chans)
+        self.conv1 = conv1x1(in_chans, reduced, stride_1x1)
+        self.bn1 = nn.BatchNorm2d(reduced)
+        self.conv2 = conv3x3(reduced, mid_chans, stride_3x3, dilation, groups)
+        self.bn2 = nn.BatchNorm2d(mid_chans)
+        self.conv3 = conv1x1(mid_chans, out_chans)
         self.bn3 = nn.BatchNorm2d(out_chans)
 
     @property
@@ -139,26 +203,29 @@ class Bottleneck(ResidualBlock):
         return self.bn3
 
     def branch(self, x: Tensor) -> Tensor:
-        x = self.relu(self.bn1(self.conv1(x)))
-        return self.conv3(self.relu(self.bn2(self.conv2(x))))
+        x = self.conv2(self.relu(self.bn1(self.conv1(x))))
+        if self.se is not None and self.se_position == "3x3":
+            return self.conv3(bn_se(self.bn2, self.se, x, out_act="relu"))
+        return self.conv3(self.relu(self.bn2(x)))
 
 
-def init_weights(model: nn.Module, zero_init_last: bool) -> None:
+def init_weights(model: nn.Module, zero_init_last: bool = False) -> None:
     """He et al. (arXiv 1502.01852) for convolutions, fan out; each block's last BN starts at 0 if `zero_init_last`."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    if zero_init_last:
-        for module in model.modules():
-            if isinstance(module, ResidualBlock):
-                nn.init.zeros_(module.last_bn.weight)
+        elif zero_init_last and isinstance(module, ResidualBlock):
+            nn.init.zeros_(module.last_bn.weight)
 
 
-def check_sizes(num_classes: int, in_chans: int, drop_rate: float) -> None:
-    """TypeError or ValueError for sizes no network can have."""
-    check_size("num_classes", num_classes)
-    check_size("in_chans", in_chans)
-    if not 0 <= drop_rate < 1:
-        raise ValueError(f"drop_rate must be in [0, 1); got {drop_rate}")
+def drop_path_rates(rate: float, depth: int) -> list[float]:
+    """Rates that grow linearly over `depth` blocks, from 0 to `rate`.
+
+    Raises:
+        ValueError: `rate` is not in [0, 1).
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"drop_path_rate must be in [0, 1); got {rate}")
+    return [rate * index / max(1, depth - 1) for index in range(depth)]

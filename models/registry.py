@@ -3,32 +3,113 @@
 import difflib
 import fnmatch
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import nn
 
-_BUILDERS: dict[str, Callable[..., nn.Module]] = {}
+from .base import FeatureExtractor, Network, Options
+from .se import SEOptions
 
 
-def register(name: str, builder: Callable[..., nn.Module]) -> None:
+@dataclass(frozen=True)
+class Entry:
+    """What is known of a network by its name."""
+
+    builder: Callable[..., Network]
+    se: type[SEOptions] | None
+    fixed: dict[str, Any]
+    """What the name says: arguments that are no options."""
+    defaults: dict[str, Any]
+    """Options whose defaults are this network's own."""
+
+    def options(self) -> dict[str, Any]:
+        """The options it takes, with their defaults."""
+        keywords = {
+            name: parameter.default
+            for name, parameter in inspect.signature(self.builder).parameters.items()
+            if parameter.kind is parameter.KEYWORD_ONLY and name not in self.fixed
+        }
+        common = {n: inspect.signature(Network).parameters[n].default for n in Options.__annotations__}
+        of_se = {} if self.se is None else {field.name: field.default for field in fields(self.se)}
+        return common | keywords | of_se | self.defaults
+
+    def build(self, options: dict[str, Any]) -> Network:
+        options = self.defaults | options
+        if self.se is None:
+            return self.builder(**self.fixed, **options)
+        of_se = {field.name: options.pop(field.name) for field in fields(self.se) if field.name in options}
+        return self.builder(**self.fixed, se=self.se(**of_se), **options)
+
+
+_ENTRIES: dict[str, Entry] = {}
+
+
+def register(
+    name: str,
+    builder: Callable[..., Network],
+    se: type[SEOptions] | None = None,
+    *,
+    fixed: dict[str, Any],
+    **defaults: Any,
+) -> None:
     """Make `builder` known as `name`.
+
+    Args:
+        name: of the network.
+        builder: a `Network` class; its keyword arguments are the network's options.
+        se: the options of its SE blocks, which it takes as `se`; None for a plain network.
+        fixed: further arguments, those that the name stands for.
+        defaults: options whose defaults are other than the builder's.
 
     Raises:
         ValueError: the name is taken.
     """
-    if name in _BUILDERS:
+    if name in _ENTRIES:
         raise ValueError(f"name {name!r} is already registered")
-    _BUILDERS[name] = builder
+    _ENTRIES[name] = Entry(builder, se, fixed, defaults)
 
 
-def create_model(name: str, **options: Any) -> nn.Module:
+def entry(name: str) -> Entry:
+    """What is known of a network.
+
+    Raises:
+        TypeError: the name is no string.
+        ValueError: it is unknown (the message names the closest ones).
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string; got {type(name).__name__}")
+    if name not in _ENTRIES:
+        close = difflib.get_close_matches(name, _ENTRIES, n=3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else f"; there are {', '.join(list_models())}"
+        raise ValueError(f"name {name!r} is no known network{hint}")
+    return _ENTRIES[name]
+
+
+def create_model(
+    name: str,
+    *,
+    features_only: bool = False,
+    out_indices: int | Sequence[int] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> nn.Module:
     """Build a network by name, with random weights.
 
     Args:
         name: one of `list_models()`.
-        options: what the network's builder takes: `num_classes`, `in_chans`, `layout`, `rd_ratio`, `drop_rate`,
-            `zero_init_last`, ... (see `setriton.models.resnet.ResNet`, `setriton.models.small_resnet.SmallResNet`).
+        features_only: give feature maps instead of logits (`setriton.models.base.FeatureExtractor`).
+        out_indices: which feature maps: positions in the network's `feature_info`, or how many from the end.
+        device: where to build it; "meta" for a network without weights.
+        dtype: of its parameters and statistics.
+        options: what the network takes: `num_classes`, `in_chans`, `global_pool`, `drop_rate` (see
+            `setriton.models.base.Options`), those of its class (`setriton.models.resnet.ResNet`: `layout`,
+            `output_stride`, `drop_path_rate`, ...), and those of its SE blocks (`setriton.models.se.SEOptions`:
+            `rd_ratio`, `squeeze`, `gate`, `fused`, ...).
 
     Returns:
         The network: images (N, in_chans, H, W) to logits (N, num_classes).
@@ -37,31 +118,50 @@ def create_model(name: str, **options: Any) -> nn.Module:
         ValueError: the name is unknown (the message names the closest ones), or an option has no such value.
         TypeError: the network takes no such option.
     """
-    if not isinstance(name, str):
-        raise TypeError(f"name must be a string; got {type(name).__name__}")
-    if name not in _BUILDERS:
-        close = difflib.get_close_matches(name, _BUILDERS, n=3)
-        hint = f"; did you mean {' or '.join(close)}?" if close else f"; there are {', '.join(list_models())}"
-        raise ValueError(f"name {name!r} is no known network{hint}")
-    builder = _BUILDERS[name]
-    known = inspect.signature(builder).parameters
+    known = entry(name)
     for option in options:
-        if option not in known:
-            raise TypeError(f"{name} takes no option {option!r}; it takes {', '.join(known)}")
-    return builder(**options)
+        if option not in known.options():
+            raise TypeError(f"{name} takes no option {option!r}; it takes {', '.join(known.options())}")
+    with torch.device(device or torch.get_default_device()):
+        model = known.build(options)
+    model.config = {"name": name, **options}
+    if dtype is not None:
+        model.to(dtype)
+    if out_indices is not None and not features_only:
+        raise ValueError("out_indices must be given with features_only=True")
+    return FeatureExtractor(model, out_indices) if features_only else model
 
 
-def list_models(pattern: str = "*") -> list[str]:
-    """Names of all networks that match a shell pattern, sorted naturally.
+def list_models(
+    pattern: str | Sequence[str] = "*", *, exclude: str | Sequence[str] = (), se: bool | None = None
+) -> list[str]:
+    """Names of networks, sorted naturally.
+
+    Args:
+        pattern: shell pattern, or several of which a name must match one.
+        exclude: shell patterns of names to leave out.
+        se: only networks with SE, or only those without.
 
     Raises:
-        TypeError: `pattern` is no string.
+        TypeError: a pattern is no string.
     """
-    if not isinstance(pattern, str):
-        raise TypeError(f"pattern must be a string; got {type(pattern).__name__}")
-    return sorted(fnmatch.filter(_BUILDERS, pattern), key=_natural)
+    wanted, unwanted = _patterns("pattern", pattern), _patterns("exclude", exclude)
+    names = [
+        name
+        for name, known in _ENTRIES.items()
+        if any(fnmatch.fnmatchcase(name, p) for p in wanted)
+        and not any(fnmatch.fnmatchcase(name, p) for p in unwanted)
+        and se in (None, known.se is not None)
+    ]
+    return sorted(names, key=_natural)
 
 
-def _natural(name: str) -> tuple[str, int]:
-    stem = name.rstrip("0123456789")
-    return stem, int(name[len(stem) :] or 0)
+def _patterns(argument: str, value: str | Sequence[str]) -> list[str]:
+    patterns = [value] if isinstance(value, str) else value
+    if not isinstance(patterns, Sequence) or not all(isinstance(p, str) for p in patterns):
+        raise TypeError(f"{argument} must be a string or several; got {type(value).__name__}")
+    return list(patterns)
+
+
+def _natural(name: str) -> list[str | int]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

@@ -74,7 +74,7 @@ def load_exported(path: str | Path) -> tuple[nn.Module, ExportMetadata]:
     try:
         fields = json.loads(header[_KEY])
         metadata = ExportMetadata(**fields | {name: tuple(fields[name]) for name in ("mean", "std")})
-        layout = {"layout": metadata.layout} if metadata.layout else {}
+        layout: dict[str, Any] = {"layout": metadata.layout} if metadata.layout else {}
         with torch.random.fork_rng(devices=[]):
             model = create_model(metadata.model, num_classes=metadata.num_classes, in_chans=metadata.in_chans, **layout)
         model.load_state_dict(tensors)

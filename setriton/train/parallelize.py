@@ -7,6 +7,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from setriton.models.stages import Stage
 from setriton.train.config import ParallelConfig
 
 # Training, evaluation and a second image size of SE-ResNet-152 need over 16 graphs per block class; with the default
@@ -36,8 +37,8 @@ def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
         model.set_requires_gradient_sync(enabled)
 
 
-def _stages(model: nn.Module) -> list[nn.Sequential]:
-    return [child for child in model.children() if isinstance(child, nn.Sequential)]
+def _stages(model: nn.Module) -> list[Stage]:
+    return [child for child in model.children() if isinstance(child, Stage)]
 
 
 def _compile_blocks(model: nn.Module) -> None:

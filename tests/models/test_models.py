@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from setriton import SqueezeExcite, create_model, list_models
 from setriton.models import blocks
-from setriton.models.blocks import ResidualBlock, Stage
+from setriton.models.blocks import ResidualBlock
+from setriton.models.stages import ForkedStage
 
 # Learnable parameters, elements of BN statistics, multiply-adds at 224 pixels in the caffe and the torch layout.
 PUBLISHED = {
@@ -124,14 +125,14 @@ def test_every_network_trains_a_step(name: str) -> None:
     logits.sum().backward()
     assert all(p.grad is not None for p in model.parameters())
     residual_blocks = [m for m in model.modules() if isinstance(m, ResidualBlock)]
-    assert all(isinstance(block.se, SqueezeExcite) == name.startswith("se_") for block in residual_blocks)
+    assert all(isinstance(block.se, SqueezeExcite) == (name in list_models(se=True)) for block in residual_blocks)
 
 
 def unfused(
-    bn: nn.BatchNorm2d, se: SqueezeExcite, x: Tensor, residual: Tensor, *, out_act: str, fork: bool = False
+    bn: nn.BatchNorm2d, se: SqueezeExcite, x: Tensor, residual: Tensor, *, bn_act: str, out_act: str, fork: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
     """What a block's last step computes, module by module."""
-    assert out_act == "relu"
+    assert (bn_act, out_act) == ("identity", "relu")
     y = naive_squeeze_excite(bn(x), se.fc1.weight, se.fc1.bias, se.fc2.weight, se.fc2.bias, se.act, se.gate)
     y = torch.relu(y + residual)
     return (y, y) if fork else y
@@ -153,6 +154,7 @@ def test_fused_tails_equal_their_modules(name: str, monkeypatch: pytest.MonkeyPa
     x = torch.randn(3, 3, 40, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     steps = [train_step(fused, x) for _ in range(2)]
     monkeypatch.setattr(blocks, "bn_se_forward", unfused)
+    monkeypatch.setattr(blocks, "bn_se", unfused)
     for found in steps:
         want = train_step(plain, x)
         assert found.keys() == want.keys()
@@ -206,7 +208,7 @@ def test_compiled_blocks_keep_the_gradients_of_a_fork_apart(layout: torch.memory
 @pytest.mark.parametrize("name", ["resnet20", "se_resnet20"])
 def test_blocks_and_stages_alone_take_and_give_one_map(name: str) -> None:
     stage = create_model(name).get_submodule("layer2")
-    assert isinstance(stage, Stage)
+    assert isinstance(stage, ForkedStage)
     x = torch.randn(2, 16, 8, 8)
     for module in (stage, stage[0]):
         y, y_skip = module(x, x, fork=True)
@@ -229,7 +231,7 @@ def test_channels_last_gives_the_same_logits() -> None:
 
 
 def test_list_models() -> None:
-    assert len(list_models()) == 18
+    assert len(list_models()) == 26
     assert list_models("se_resnet5*") == ["se_resnet50", "se_resnet56"]
     assert list_models("nothing*") == []
 
@@ -241,10 +243,10 @@ def test_list_models() -> None:
         (lambda: create_model(50), TypeError, "name must be a string; got int"),
         (lambda: create_model("resnet50", classes=3), TypeError, "takes no option 'classes'; it takes num_classes"),
         (lambda: create_model("resnet50", layout="nchw"), ValueError, "layout must be one of caffe, torch; got 'nchw'"),
-        (lambda: create_model("resnet50", num_classes=0), ValueError, "num_classes must be at least 1; got 0"),
+        (lambda: create_model("resnet50", num_classes=-1), ValueError, "num_classes must be at least 1; got -1"),
         (lambda: create_model("resnet20", in_chans=0), ValueError, "in_chans must be at least 1; got 0"),
         (lambda: create_model("resnet20", drop_rate=1.0), ValueError, r"drop_rate must be in \[0, 1\); got 1.0"),
-        (lambda: list_models(3), TypeError, "pattern must be a string; got int"),
+        (lambda: list_models(3), TypeError, "pattern must be a string or several; got int"),
     ],
 )
 def test_wrong_arguments(call: Any, error: type[Exception], message: str) -> None:

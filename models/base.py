@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from setriton.checks import check_choice, check_size
 
+from .preprocessing import Preprocessing
 from .stages import ForkedStage, Stage
 
 GlobalPool = Literal["avg", "max", "avgmax", "catavgmax", ""]
@@ -48,6 +49,7 @@ class Network(nn.Module):
         trunk: names of the modules, in order; `Stage`s are made of blocks.
         feature_info: the feature maps that `forward_intermediates` can give, from the largest to the smallest.
         config: name and options it was built with, if `create_model` built it.
+        preprocessing: what its images should be; loading weights sets what those were trained with.
 
     Raises:
         TypeError, ValueError: a value that no network can have.
@@ -77,6 +79,7 @@ class Network(nn.Module):
         self.global_pool = global_pool
         self.drop_rate = drop_rate
         self.config = {}
+        self.preprocessing = Preprocessing()
 
     def finish(self, trunk: Sequence[str], feature_info: Sequence[Level]) -> None:
         """Add the head behind the modules of `trunk`: the last step of a constructor but for initialisation."""

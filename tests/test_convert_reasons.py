@@ -85,10 +85,10 @@ class Adding(SEModule):
     ("se", "reason"),
     [
         (SEModule(8, norm_layer=nn.BatchNorm2d), "normalization"),
-        (SEModule(8, add_maxpool=True), ""),
+        (SEModule(8, add_maxpool=True), "the map's maximum is added to its mean"),
         (SEModule(8, act_layer=nn.Tanh), "tanh"),
-        (SEModule(8, gate_layer="tanh"), "tanh"),
-        (SqueezeExcitation(8, 4, lambda: nn.GELU(approximate="tanh")), ""),
+        (SEModule(8, gate_layer="tanh"), "the gate is tanh, not sigmoid or hardsigmoid"),
+        (SqueezeExcitation(8, 4, lambda: nn.GELU(approximate="tanh")), "gelu with approximate='tanh'"),
         (EffectiveSEModule(8), "one layer"),
         (Softmax(8), "softmax"),
         (Keeping(8), "its forward sets kept"),

@@ -1,5 +1,6 @@
 """The excitation, read backwards: gate <- layer <- activation <- layer <- squeeze of the map."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -9,7 +10,8 @@ from setriton.reference import ACTS
 
 from .spelling import VIEWS, Op, axes, fake, is_full_slice, is_map, is_same, name_of, read, vector_size
 
-_POOLS = ("mean", "adaptive_avg_pool2d", "avg_pool2d", "adaptive_max_pool2d", "amax")
+_MAXIMA = ("adaptive_max_pool2d", "amax")
+_POOLS = ("mean", "adaptive_avg_pool2d", "avg_pool2d", *_MAXIMA)
 # Nodes between a gate and its squeeze: seven as most networks write it, three times as many as some do.
 _REACH = 32
 
@@ -48,11 +50,12 @@ def read_excitation(gate: Node, x: Node) -> tuple[Excitation, set[Node]]:
     reader = _Reader()
     excitation, squeezed = reader.read(gate)
     if squeezed is not x:
-        raise Refused("the gate multiplies another tensor than it is made of")
+        raise Refused("the gate multiplies another map than the squeezed one")
     tensor, fc1, fc2 = fake(x), excitation.fc1, excitation.fc2
     channels = None if tensor is None else tensor.shape[1]
     if (fc1.inputs, fc1.outputs, fc2.outputs) != (channels, fc2.inputs, channels):
-        raise Refused(f"layers of {fc1.inputs} to {fc1.outputs} and of {fc2.inputs} to {fc2.outputs} channels")
+        sizes = f"{fc1.inputs} to {fc1.outputs} and {fc2.inputs} to {fc2.outputs} channels"
+        raise Refused(f"layers of {sizes} for a map of {channels}")
     return excitation, reader.inner
 
 
@@ -60,17 +63,25 @@ def looks_squeezed(gate: Node) -> bool:
     """Whether a node's value is made of a pooled map by way of vectors alone, as in an attention over channels."""
     if vector_size(gate) is None and read(gate).name not in ("expand", "expand_as"):
         return False
+    return any(_is_pool(node, _POOLS) for node in _behind(gate))
+
+
+def _behind(gate: Node) -> Iterator[Node]:
+    """The node and those that it is made of, back to the maps and the inputs."""
     todo, seen = [gate], {gate}
     while todo and len(seen) < _REACH:
         node = todo.pop()
-        if read(node).name in _POOLS and is_map(read(node)["input"]) and vector_size(node) is not None:
-            return True
+        yield node
         if is_map(node) and vector_size(node) is None and node is not gate:
             continue
         parents = [parent for parent in node.all_input_nodes if parent.op.startswith("call") and parent not in seen]
         todo += parents
         seen.update(parents)
-    return False
+
+
+def _is_pool(node: Node, names: tuple[str, ...]) -> bool:
+    op = read(node)
+    return op.name in names and is_map(op["input"]) and vector_size(node) is not None
 
 
 class _Reader:
@@ -82,7 +93,7 @@ class _Reader:
     def read(self, gate: Node) -> tuple[Excitation, Node]:
         node = self._strip(self._unexpanded(gate))
         gate_name, node = self._gate(node)
-        fc2, node = self._layer(node, "no layer")
+        fc2, node = self._layer(node, "no layer between squeeze and gate")
         act, node = self._act(node)
         fc1, node = self._layer(node, "one layer only")
         return Excitation(fc1, fc2, act, gate_name), self._squeezed(self._strip(node))
@@ -110,7 +121,7 @@ class _Reader:
             self._take(gate)
             gate, tensor = op["input"], fake(op["input"])
         if tensor is None or tensor.dim() != 4 or vector_size(gate) is None:
-            raise Refused("the gate is no vector of channels")
+            raise Refused("the gate is not one number a channel")
         return gate
 
     def _gate(self, node: Any) -> tuple[str, Any]:
@@ -127,7 +138,7 @@ class _Reader:
         if is_over_6 and _clips_to_6(clipped) and shifted.name == "add" and shifted["other"] == 3:
             self._take(node, op["input"], clipped["input"])
             return "hardsigmoid", shifted["input"]
-        raise Refused(f"the gate is {_told(node)}")
+        raise Refused(f"the gate is {_told(node)}, not sigmoid or hardsigmoid")
 
     def _act(self, node: Any) -> tuple[str, Any]:
         node = self._strip(node)
@@ -158,9 +169,9 @@ class _Reader:
         found, weight, of_layer, transposed = _operands(op, node)
         rows = fake(weight)
         if rows is None or vector_size(found) is None or vector_size(node) is None:
-            raise Refused(f"{_told(node)} over other axes")
+            raise Refused(f"{_told(node)} over other axes than the channels")
         if bias is not None and of_layer is not None:
-            raise Refused("two biases")
+            raise Refused("a layer with two biases")
         self._take(node)
         outputs, inputs = rows.shape[:2][::-1] if transposed else rows.shape[:2]
         return Layer(weight, of_layer if bias is None else bias, transposed, inputs, outputs), found
@@ -168,12 +179,16 @@ class _Reader:
     def _squeezed(self, node: Any) -> Node:
         """The map that is squeezed, which has been one of vectors from here on."""
         op = read(node)
-        if op.name in ("adaptive_max_pool2d", "amax"):
+        if op.name in _MAXIMA:
             raise Refused("the map is squeezed to its maximum")
-        if op.name == "adaptive_avg_pool2d" or (op.name == "avg_pool2d" and _covers_map(op)):
+        if op.name == "avg_pool2d" and not _covers_map(op):
+            raise Refused("avg_pool2d over a part of the map")
+        if op.name in ("adaptive_avg_pool2d", "avg_pool2d"):
             return self._pooled(node, op["input"])
-        if op.name != "mean" or op["dtype"] is not None:
-            raise Refused(f"{_told(node)} where the squeeze was looked for")
+        if op.name != "mean":
+            _refuse(node, "where a mean over height and width was expected")
+        if op["dtype"] is not None:
+            raise Refused(f"the mean is taken in {op['dtype']}")
         source, over = op["input"], axes(op["dim"], op["input"])
         if is_map(source) and over == {2, 3}:
             return self._pooled(node, source)
@@ -223,9 +238,11 @@ def _operands(op: Op, node: Any) -> tuple[Any, Any, Any, bool]:
         return op["mat1"], op["mat2"], op["input"], True
     if op.name == "einsum":
         return _operands_of_einsum(op)
+    if op.name == "gelu":
+        raise Refused(f"gelu with approximate={op['approximate']!r}")
     if "norm" in name_of(node):
         raise Refused("a normalization between the layers")
-    _refuse(node)
+    _refuse(node, "between squeeze and gate")
 
 
 def _operands_of_einsum(op: Op) -> tuple[Any, Any, Any, bool]:
@@ -280,5 +297,7 @@ def _told(node: Any) -> str:
     return (name_of(node) or node.name) if isinstance(node, Node) else repr(node)
 
 
-def _refuse(node: Any) -> NoReturn:
-    raise Refused(f"{_told(node)} between squeeze and gate")
+def _refuse(node: Any, where: str) -> NoReturn:
+    if read(node).name == "add" and any(_is_pool(found, _MAXIMA) for found in _behind(node)):
+        raise Refused("the map's maximum is added to its mean")
+    raise Refused(f"{_told(node)} {where}")

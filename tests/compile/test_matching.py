@@ -250,19 +250,34 @@ def test_chains_join_their_gradients() -> None:
 
 LOOK_ALIKES: dict[str, tuple[Callable[[Block, Tensor], Tensor], str]] = {
     "softmax": (
-        lambda s, x: x * F.softmax(s.conv2(F.relu(s.conv1(x.mean((2, 3), keepdim=True)))), 1), "the gate is softmax"),
+        lambda s, x: x * F.softmax(s.conv2(F.relu(s.conv1(x.mean((2, 3), keepdim=True)))), 1),
+        "the gate is softmax, not sigmoid or hardsigmoid"),
     "one axis": (lambda s, x: x * excite(s, x.mean((3,), keepdim=True).amax(2, keepdim=True)), "maximum"),
     "mean over other axes": (
         lambda s, x: x * excite(s, x.mean((0, 2, 3), keepdim=True)), "not over height and width"),
     "another tensor": (
-        lambda s, x: x.flip(2) * excite(s, x.mean((2, 3), keepdim=True)), "another tensor than it is made of"),
+        lambda s, x: x.flip(2) * excite(s, x.mean((2, 3), keepdim=True)), "another map than the squeezed one"),
+    "mean and maximum": (
+        lambda s, x: x * excite(s, x.mean((2, 3), keepdim=True) + F.adaptive_max_pool2d(x, 1)),
+        "the map's maximum is added to its mean"),
+    "mean and maximum, excited": (
+        lambda s, x: x * torch.sigmoid(
+            sum(s.conv2(F.relu(s.conv1(q))) for q in (x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)))),
+        "the map's maximum is added to its mean"),
+    "two means": (
+        lambda s, x: x * excite(s, x.mean((2, 3), keepdim=True) + F.adaptive_avg_pool2d(x, 1)),
+        "add where a mean over height and width was expected"),
+    "mean in another dtype": (
+        lambda s, x: x * excite(s, x.mean((2, 3), keepdim=True, dtype=torch.float64)), "taken in torch.float64"),
+    "part of the map": (
+        lambda s, x: x * excite(s, F.avg_pool2d(x, (4, 4), stride=5)), "avg_pool2d over a part of the map"),
     "maximum": (lambda s, x: x * excite(s, F.adaptive_max_pool2d(x, 1)), "maximum"),
     "larger pool": (
         lambda s, x: x * F.adaptive_avg_pool2d(excite(s, F.adaptive_avg_pool2d(x, 2)), 1), "the gate is"),
     "one layer": (
         lambda s, x: x * torch.sigmoid(F.conv2d(x.mean((2, 3), keepdim=True), s.conv1.weight.repeat(4, 1, 1, 1))),
         "one layer only"),
-    "no layer": (lambda s, x: x * torch.sigmoid(x.mean((2, 3), keepdim=True)), "no layer"),
+    "no layer": (lambda s, x: x * torch.sigmoid(x.mean((2, 3), keepdim=True)), "no layer between squeeze and gate"),
     "grouped": (
         lambda s, x: x * torch.sigmoid(
             s.conv2(F.relu(F.conv2d(x.mean((2, 3), keepdim=True), s.conv1.weight[:, :8], groups=2)))),
@@ -279,11 +294,12 @@ LOOK_ALIKES: dict[str, tuple[Callable[[Block, Tensor], Tensor], str]] = {
         lambda s, x: x * torch.sigmoid(s.conv2(torch.tanh(s.conv1(x.mean((2, 3), keepdim=True))))), "tanh"),
     "tanh gelu": (
         lambda s, x: x * torch.sigmoid(s.conv2(F.gelu(s.conv1(x.mean((2, 3), keepdim=True)), approximate="tanh"))),
-        "gelu"),
+        "gelu with approximate='tanh'"),
     "another gate": (
         lambda s, x: x * (1 + torch.tanh(s.conv2(F.relu(s.conv1(x.mean((2, 3), keepdim=True)))))), "the gate is"),
     "channels shuffled": (
-        lambda s, x: x * excite(s, x.mean((2, 3), keepdim=True).flip(1)), "flip"),
+        lambda s, x: x * excite(s, x.mean((2, 3), keepdim=True).flip(1)),
+        "flip where a mean over height and width was expected"),
     "over another axis": (
         lambda s, x: x * torch.sigmoid(s.fc2(F.relu(s.fc1(x.mean((2, 3)))))).t()[:, :1].t()[:, :, None, None],
         "the gate is"),
@@ -327,7 +343,7 @@ def test_statistics_of_one_branch() -> None:
         return y * excite(s, s.bn(x).mean((2, 3), keepdim=True))
 
     (match,) = compared(body)
-    assert "another tensor" in str(match.reason)
+    assert "another map" in str(match.reason)
 
 
 def test_one_bn_of_two_blocks() -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from .compile.report import table
-from .convert_tails import BlockReader
+from .convert_tails import BlockReader, is_known
 from .convert_trace import Left, read_squeeze_excite
 from .modules import SqueezeExcite
 
@@ -49,7 +49,7 @@ def accelerate(model: nn.Module) -> Report:
     An SE module is known by what it computes, read by symbolic tracing: timm's, torchvision's and transformers', and
     others written alike. Where the block around it is of a class known here (timm's and transformers' blocks, and
     nn.Sequential, of which torchvision's are made), its whole tail becomes one call: BN, activation, SE, the sum with
-    the residual, ReLU.
+    the residual, ReLU. In other classes SE alone does, and the report says so.
 
     Modules, parameters and the state dict stay what and where they are; some modules get a class derived from their
     own, so that an optimizer made before goes on and copies and pickles of the model are fused as well. The children
@@ -155,6 +155,10 @@ def _fuse_tails(modules: dict[str, nn.Module], calls: dict[str, Node], report: R
     kinds: dict[str, str] = {}
     for parent, names in children.items():
         block, paths = modules[parent], {name: f"{parent}.{name}".strip(".") for name in names}
+        if not is_known(block):
+            note = f"no tail is looked for in {type(block).__name__}: torch.compile(backend='setriton') does"
+            report.left |= {path: note for path in paths.values() if not isinstance(modules[path], SqueezeExcite)}
+            continue
         try:
             if "forward" in vars(block):
                 raise Left(f"{parent or 'the model'} has a forward of its own")

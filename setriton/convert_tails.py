@@ -101,14 +101,14 @@ class BlockReader:
     """The calls of a block's children as a graph, in which tails are found and replaced.
 
     Args:
-        block: the module; in one of an unknown class no tail is found.
+        block: the module, `is_known`.
         calls: its SE children by name, as `read_squeeze_excite` reads them.
     """
 
     def __init__(self, block: nn.Module, calls: Mapping[str, Node]) -> None:
         self.modules = dict(block.named_modules())
         self.calls = calls
-        self.graph = self._trace(block) if _forward_name(block) in _BLOCKS else Graph()
+        self.graph = self._trace(block)
 
     def find(self, name: str) -> Tail | None:
         """The tail of the SE child `name`; None where there is no BN before it.
@@ -221,7 +221,7 @@ class BlockReader:
 
     def _container(self, node: Node) -> nn.Module | None:
         module = self._module(node)
-        return module if module is not None and _forward_name(module) in _BLOCKS else None
+        return module if module is not None and is_known(module) else None
 
     def _explain(self, node: Node) -> None:
         """Left where a BN is behind `node` and out of reach."""
@@ -239,6 +239,11 @@ class BlockReader:
             return self.graph.get_attr(f"{path}.{value.target}")
         arguments = map_arg((value.args, value.kwargs), lambda node: self._copied(node, path))
         return self.graph.create_node(value.op, value.target, *arguments)
+
+
+def is_known(block: nn.Module) -> bool:
+    """Whether tails can be looked for in a module."""
+    return _forward_name(block) in _BLOCKS
 
 
 def _forward_name(module: nn.Module) -> str:

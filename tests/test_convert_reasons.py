@@ -13,7 +13,7 @@ from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation
 
-from setriton import create_model
+from setriton import SqueezeExcite, create_model
 from setriton.convert import Report, accelerate, restore
 
 TAIL = "bn_se+add+relu"
@@ -52,6 +52,26 @@ def test_se_alone_where_the_tail_has_no_fused_form(model: nn.Module, reason: str
     twin = copy.deepcopy(randomized(model))
     assert accelerate(model) == Report({"3": "se"}, {} if reason is None else {"3": reason})
     assert_same(model, twin, images(8))
+
+
+class Block(nn.Module):
+    """A tail in a class that nobody named."""
+
+    def __init__(self, se: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.bn, self.se = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), se
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.se(self.bn(self.conv(x)))
+
+
+def test_tails_in_unknown_classes_are_said_to_be_unknown() -> None:
+    model = randomized(Block(SEModule(8)))
+    twin = copy.deepcopy(model)
+    note = "no tail is looked for in Block: torch.compile(backend='setriton') does"
+    assert accelerate(model) == Report({"se": "se"}, {"se": note})
+    assert_same(model, twin, images(8))
+    assert accelerate(Block(SqueezeExcite(8))) == Report()
 
 
 class Softmax(SEModule):

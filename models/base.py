@@ -1,7 +1,6 @@
 """What every network here offers besides its layers: head, feature maps, checkpointing, groups of parameters."""
 
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -198,12 +197,10 @@ class Network(nn.Module):
         """Names of parameters that weight decay leaves alone beyond vectors; timm's optimizers ask."""
         return set()
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Regular expressions for the stem and the blocks (stages if `coarse`), which timm's layer-wise decay reads."""
-        stages = [name for name in self.trunk if isinstance(self.get_submodule(name), Stage)]
-        stem = "|".join(map(re.escape, self.trunk[: self.trunk.index(stages[0])]))
-        blocks = "|".join(map(re.escape, stages))
-        return {"stem": rf"^(?:{stem})\.", "blocks": rf"^({blocks})" if coarse else rf"^({blocks})\.(\w+)"}
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """The function from a parameter's name to the number of its group of `layer_groups`; timm's optimizers ask."""
+        numbers = {name: number for number, names in enumerate(self.layer_groups(coarse)) for name in names}
+        return numbers.__getitem__
 
     def layer_groups(self, coarse: bool = False) -> list[list[str]]:
         """Names of all parameters in groups from the input to the output: stem, each block (stage if `coarse`), head.

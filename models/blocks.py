@@ -81,6 +81,11 @@ class _Apart(torch.autograd.Function):
         return dy.squeeze(0)
 
 
+def kept_apart(y: Tensor, y_skip: Tensor) -> tuple[Tensor, Tensor]:
+    """The two results of a forked tail as a block gives them; the reader of the second takes it as ``.view_as(y)``."""
+    return y, _Apart.apply(y_skip) if torch.compiler.is_compiling() else y_skip
+
+
 class ResidualBlock(nn.Module):
     """A block whose branch ends ``BN -> SE -> + shortcut -> ReLU``, one fused call; a plain network leaves the SE out.
 
@@ -89,7 +94,7 @@ class ResidualBlock(nn.Module):
     Args:
         in_chans, mid_chans, out_chans: of the block, its 3x3 convolution's output, and its output.
         downsample: projects the shortcut, or None.
-        se: how and where its SE block is, or None.
+        se: how and where its SE block is, at the end of the branch unless these are `BlockSEOptions`; or None.
         bn_act: what stands between the last BN and SE: identity or relu.
         drop_path: probability that an image skips the branch in training.
     """
@@ -101,14 +106,14 @@ class ResidualBlock(nn.Module):
         out_chans: int,
         *,
         downsample: nn.Module | None = None,
-        se: BlockSEOptions | None = None,
+        se: SEOptions | None = None,
         bn_act: str = "identity",
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.relu = nn.ReLU(inplace=True)
-        self.se_position = None if se is None else se.se_position
-        width = {"pre": in_chans, "3x3": mid_chans}.get(self.se_position or "", out_chans)
+        self.se_position = se.se_position if isinstance(se, BlockSEOptions) else "standard"
+        width = {"pre": in_chans, "3x3": mid_chans}.get(self.se_position, out_chans)
         self.se = None if se is None else se.make(width)
         self.downsample = downsample
         self.drop_path = DropPath(drop_path)
@@ -144,8 +149,9 @@ class ResidualBlock(nn.Module):
         elif self.training and self.drop_path.rate > 0:
             y = self.relu(self.drop_path(bn_se(self.last_bn, se, y, bn_act=self.bn_act)) + shortcut)
         elif fork and isinstance(se, SqueezeExcite):
-            y, y_skip = bn_se_forward(self.last_bn, se, y, shortcut, bn_act=self.bn_act, out_act="relu", fork=True)
-            return y, _Apart.apply(y_skip) if torch.compiler.is_compiling() else y_skip
+            return kept_apart(
+                *bn_se_forward(self.last_bn, se, y, shortcut, bn_act=self.bn_act, out_act="relu", fork=True)
+            )
         else:
             y = bn_se(self.last_bn, se, y, shortcut, bn_act=self.bn_act, out_act="relu")
         return (y, None) if fork else y

@@ -97,10 +97,15 @@ class Network(nn.Module):
         pool = self.global_pool if global_pool is None else global_pool
         _check_head(num_classes, pool)
         self.num_classes, self.global_pool = num_classes, pool
-        width = self.num_features * (2 if pool == "catavgmax" else 1)
+        width = self.head_hidden_size * (2 if pool == "catavgmax" else 1)
         where = next(self.parameters())
         like: dict[str, Any] = {"device": where.device, "dtype": where.dtype}
         self.fc = nn.Linear(width, num_classes, **like) if num_classes else nn.Identity()
+
+    @property
+    def head_hidden_size(self) -> int:
+        """What the classifier sees of one pooling; other than `num_features` where the head has hidden layers."""
+        return self.num_features
 
     def get_classifier(self) -> nn.Module:
         """The last layer."""

@@ -3,7 +3,16 @@
 if __name__ != "setriton.models":
     raise ImportError("this folder is setriton.models; import it by that name")
 
-from . import resnet, small_resnet
+from . import bn_inception, inception_resnet_v2, mobilenet, preact_resnet, resnet, shufflenet, small_resnet, vgg
 from .registry import create_model, list_models
+from .weights import load_weights
 
-__all__ = ["create_model", "list_models", "resnet", "small_resnet"]
+__all__ = [
+    "bn_inception",
+    "create_model",
+    "inception_resnet_v2",
+    "list_models",
+    "load_weights",
+    "resnet",
+    "small_resnet",
+]

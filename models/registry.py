@@ -3,9 +3,11 @@
 import difflib
 import fnmatch
 import inspect
+import logging
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +48,7 @@ class Entry:
 
 
 _ENTRIES: dict[str, Entry] = {}
+_log = logging.getLogger("setriton")
 
 
 def register(
@@ -92,16 +95,21 @@ def entry(name: str) -> Entry:
 def create_model(
     name: str,
     *,
+    weights: str | Path | Mapping[str, Any] | None = None,
     features_only: bool = False,
     out_indices: int | Sequence[int] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> nn.Module:
-    """Build a network by name, with random weights.
+    """Build a network by name.
 
     Args:
         name: one of `list_models()`.
+        weights: None for random ones. Else what `setriton.load_weights` takes: a file or a state dict; or "timm", which
+            downloads what timm publishes for this network (`setriton.models.weights.download`), or a repository of
+            Hugging Face's, such as "timm/seresnet50.ra2_in1k". Options that the weights need, and that are not given,
+            are chosen: the layout, the widths of SE blocks, the number of classes.
         features_only: give feature maps instead of logits (`setriton.models.base.FeatureExtractor`).
         out_indices: which feature maps: positions in the network's `feature_info`, or how many from the end.
         device: where to build it; "meta" for a network without weights.
@@ -115,20 +123,34 @@ def create_model(
         The network: images (N, in_chans, H, W) to logits (N, num_classes).
 
     Raises:
-        ValueError: the name is unknown (the message names the closest ones), or an option has no such value.
+        ValueError: the name is unknown (the message names the closest ones), an option has no such value, or the
+            weights are another network's or need other options than those given.
         TypeError: the network takes no such option.
+        FileNotFoundError: there is no such file of weights.
+        OSError: weights cannot be downloaded; the message says what to download elsewhere.
     """
     known = entry(name)
     for option in options:
         if option not in known.options():
             raise TypeError(f"{name} takes no option {option!r}; it takes {', '.join(known.options())}")
+    if out_indices is not None and not features_only:
+        raise ValueError("out_indices must be given with features_only=True")
+    opened = None
+    if weights is not None:
+        from .weights import download, load
+
+        where, preprocessing = download.resolve(name, weights, options.get("layout"))
+        opened = load.open_weights(where)
+        if preprocessing is not None:
+            opened = replace(opened, preprocessing=preprocessing)
+        options = load.options_for(name, opened) | options
     with torch.device(device or torch.get_default_device()):
         model = known.build(options)
     model.config = {"name": name, **options}
     if dtype is not None:
         model.to(dtype)
-    if out_indices is not None and not features_only:
-        raise ValueError("out_indices must be given with features_only=True")
+    if opened is not None:
+        _log.info("%s", load.load_opened(model, opened))
     return FeatureExtractor(model, out_indices) if features_only else model
 
 

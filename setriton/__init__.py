@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from .functional import squeeze_excite as squeeze_excite
     from .models import create_model as create_model
     from .models import list_models as list_models
+    from .models import load_weights as load_weights
+    from .models.batch_norm import freeze_bn as freeze_bn
+    from .models.batch_norm import unfreeze_bn as unfreeze_bn
     from .modules import BatchNormSqueezeExcite as BatchNormSqueezeExcite
     from .modules import SqueezeExcite as SqueezeExcite
 
@@ -34,9 +37,12 @@ _HOMES = {
     "disable": "compile.backend",
     "enable": "compile.backend",
     "explain": "compile.explain",
+    "freeze_bn": "models.batch_norm",
     "list_models": "models",
+    "load_weights": "models",
     "reset_compile_report": "compile.report",
     "restore": "convert",
+    "unfreeze_bn": "models.batch_norm",
 }
 __all__ = [
     "BatchNormSqueezeExcite",
@@ -49,10 +55,13 @@ __all__ = [
     "disable",
     "enable",
     "explain",
+    "freeze_bn",
     "list_models",
+    "load_weights",
     "reset_compile_report",
     "restore",
     "squeeze_excite",
+    "unfreeze_bn",
 ]
 
 

@@ -20,7 +20,6 @@ from setriton.train.config import (
 if TYPE_CHECKING:
     from setriton.train.evaluation import EvalResult as EvalResult
     from setriton.train.evaluation import evaluate as evaluate
-    from setriton.train.export import ExportMetadata as ExportMetadata
     from setriton.train.export import load_exported as load_exported
     from setriton.train.trainer import NonFiniteError as NonFiniteError
     from setriton.train.trainer import TrainResult as TrainResult
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 _HOMES = {
     "EvalResult": "evaluation",
     "evaluate": "evaluation",
-    "ExportMetadata": "export",
     "load_exported": "export",
     "NonFiniteError": "trainer",
     "TrainResult": "trainer",
@@ -39,7 +37,6 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "EvalResult",
-    "ExportMetadata",
     "ModelConfig",
     "NonFiniteError",
     "OptimizerConfig",

@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
+from setriton.files import fsync, publish, sha256
 from setriton.train.distributed import World
-from setriton.train.files import fsync, publish, sha256
 
 _COMMIT = "commit.json"
 

@@ -69,8 +69,8 @@ class ModelConfig:
     """Network name; `setriton models` lists them."""
     layout: Literal["caffe", "torch"] | None = None
     """Details that the authors' Caffe models and torchvision do differently; unset: the network's default."""
-    drop_rate: float = 0.0
-    """Dropout probability in front of the classifier."""
+    drop_rate: float | None = None
+    """Dropout probability in front of the classifier; unset: the network's own, 0.2 in SENet-154 and 0 in most."""
     zero_init_last: bool = False
     """Start each residual block as the identity."""
 
@@ -78,11 +78,13 @@ class ModelConfig:
         _check_types(self)
         if self.layout is not None:
             _require_one_of("model.layout", self.layout, ("caffe", "torch"))
-        _require_fraction("model.drop_rate", self.drop_rate)
+        if self.drop_rate is not None:
+            _require_fraction("model.drop_rate", self.drop_rate)
 
     def options(self) -> dict[str, Any]:
-        """Keyword arguments for `create_model`: those that differ from every network's default."""
-        return {key: value for key, value in vars(self).items() if key != "name" and value not in (None, 0.0, False)}
+        """Keyword arguments for `create_model`: those that are set."""
+        values = {key: value for key, value in vars(self).items() if key != "name"}
+        return {key: value for key, value in values.items() if value is not None and value is not False}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Image sets: uint8 tensors out, the same ones whatever the number of ranks and workers."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from setriton.models.preprocessing import Preprocessing
 from setriton.train.config import DataConfig
 from setriton.train.sampler import SampleKey, stable_seed
 
-# RGB statistics of ImageNet's training images, in units of the full range.
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _SYNTHETIC_CLASSES = 1000
 _SYNTHETIC_IMAGES = 128_000
@@ -60,29 +58,32 @@ class ImageData:
     val: ImageSet
     num_classes: int
     in_chans: int
-    image_size: int
-    mean: tuple[float, ...]
-    """Per channel, of values scaled to [0, 1]."""
-    std: tuple[float, ...]
+    preprocessing: Preprocessing
 
     def normalizer(self, device: torch.device) -> Transform:
-        """uint8 (N, C, H, W) to normalised float32, on `device`; channels_last on a GPU."""
-        mean = torch.tensor(self.mean, device=device).view(1, -1, 1, 1) * 255
-        std = torch.tensor(self.std, device=device).view(1, -1, 1, 1) * 255
+        """uint8 RGB (N, C, H, W) to the network's input in float32, on `device`; channels_last on a GPU."""
+        mean = torch.tensor(self.preprocessing.mean, device=device).view(1, -1, 1, 1) * 255
+        std = torch.tensor(self.preprocessing.std, device=device).view(1, -1, 1, 1) * 255
         memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        reverse = self.preprocessing.channels == "bgr"
 
         def normalize(images: Tensor) -> Tensor:
             images = images.to(device, non_blocking=True)
+            images = images.flip(1) if reverse else images
             return images.float().sub_(mean).div_(std).contiguous(memory_format=memory_format)
 
         return normalize
 
 
-def open_data(config: DataConfig, *, seed: int = 0, val_only: bool = False) -> ImageData:
+def open_data(
+    config: DataConfig, *, preprocessing: Preprocessing | None = None, seed: int = 0, val_only: bool = False
+) -> ImageData:
     """Open the image sets that `config.source` names.
 
     Args:
         config: what to open.
+        preprocessing: what a trained network wants of its images; `config` wins where it says more. None: the defaults,
+            and of the digits their own statistics.
         seed: of the augmentation.
         val_only: do not ask for training images; `train` is then the validation set.
 
@@ -92,10 +93,19 @@ def open_data(config: DataConfig, *, seed: int = 0, val_only: bool = False) -> I
     """
     kind, _, argument = config.source.partition(":")
     if kind == "digits":
-        return _digits(seed)
+        data = _digits(seed)
+        return data if preprocessing is None else replace(data, preprocessing=preprocessing)
+    wanted = _sized(preprocessing or Preprocessing(), config)
     if kind == "synthetic":
-        return _synthetic(int(argument or _SYNTHETIC_IMAGES), config.image_size or 224, seed)
-    return _image_folder(Path(argument).expanduser(), config, seed, val_only)
+        return _synthetic(int(argument or _SYNTHETIC_IMAGES), wanted, seed)
+    return _image_folder(Path(argument).expanduser(), wanted, seed, val_only)
+
+
+def _sized(preprocessing: Preprocessing, config: DataConfig) -> Preprocessing:
+    """With the sizes that are asked for; another `image_size` alone keeps the share of the image that is seen."""
+    image_size = config.image_size or preprocessing.image_size
+    resize = config.resize or round(image_size * preprocessing.resize / preprocessing.image_size)
+    return replace(preprocessing, image_size=image_size, resize=resize)
 
 
 def make_loader(
@@ -139,43 +149,41 @@ def _digits(seed: int) -> ImageData:
         val=ImageSet(_MemoryReader(images[val], labels[val]), len(val), _identity, seed=seed),
         num_classes=10,
         in_chans=1,
-        image_size=8,
-        mean=(scaled.mean().item(),),
-        std=(scaled.std().item(),),
+        preprocessing=Preprocessing(8, 8, (scaled.mean().item(),), (scaled.std().item(),)),
     )
 
 
-def _synthetic(size: int, image_size: int, seed: int) -> ImageData:
+def _synthetic(size: int, preprocessing: Preprocessing, seed: int) -> ImageData:
     """Noise from a small pool, so that reading costs next to nothing and a run measures the training step."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (_SYNTHETIC_POOL, 3, image_size, image_size)
+    shape = (_SYNTHETIC_POOL, 3, preprocessing.image_size, preprocessing.image_size)
     pool = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     read = _MemoryReader(pool, torch.arange(_SYNTHETIC_CLASSES))
     train = ImageSet(read, size, _identity, seed=seed)
     val = ImageSet(read, -(-size // 10), _identity, seed=seed)
-    return ImageData(train, val, _SYNTHETIC_CLASSES, 3, image_size, _IMAGENET_MEAN, _IMAGENET_STD)
+    return ImageData(train, val, _SYNTHETIC_CLASSES, 3, preprocessing)
 
 
-def _image_folder(root: Path, config: DataConfig, seed: int, val_only: bool) -> ImageData:
+def _image_folder(root: Path, preprocessing: Preprocessing, seed: int, val_only: bool) -> ImageData:
     from torchvision.transforms import v2
 
-    image_size = config.image_size or 224
+    image_size = preprocessing.image_size
+    interpolation = v2.InterpolationMode(preprocessing.interpolation)
     val_classes, val_files = _scan_classes(root, "val")
     classes, files = (val_classes, val_files) if val_only else _scan_classes(root, "train")
     if classes != val_classes:
         different = sorted(set(classes) ^ set(val_classes))
         raise ValueError(f"{root}: train and val must have the same class folders; in one of them only: {different}")
-    augment = v2.Compose([v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip()])
-    resize = config.resize or round(image_size * 256 / 224)
-    centre = v2.Compose([v2.Resize(resize, antialias=True), v2.CenterCrop(image_size)])
+    random_crop = v2.RandomResizedCrop(image_size, interpolation=interpolation, antialias=True)
+    augment = v2.Compose([random_crop, v2.RandomHorizontalFlip()])
+    resize = v2.Resize(preprocessing.resize, interpolation=interpolation, antialias=True)
+    centre = v2.Compose([resize, v2.CenterCrop(image_size)])
     return ImageData(
         train=ImageSet(_FileReader(files), len(files), augment, seed=seed),
         val=ImageSet(_FileReader(val_files), len(val_files), centre, seed=seed),
         num_classes=len(classes),
         in_chans=3,
-        image_size=image_size,
-        mean=_IMAGENET_MEAN,
-        std=_IMAGENET_STD,
+        preprocessing=preprocessing,
     )
 
 

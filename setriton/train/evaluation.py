@@ -1,6 +1,6 @@
 """Loss and error on validation images."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +86,11 @@ def evaluate(
     """Evaluate an exported network; under torchrun, on all ranks together.
 
     Args:
-        path: model.safetensors as a run leaves it.
+        path: model.safetensors as a run leaves it, or what `setriton convert` wrote. It says which mean, deviation,
+            order of channels, crop and interpolation its network wants.
         source: validation images, as in `DataConfig.source`; unset: those that the network was trained with.
         image_size: side of the network input, pixels; unset: as trained.
-        resize: shorter side before the centre crop; unset: image_size * 256 / 224.
+        resize: shorter side before the centre crop; unset: as trained, in proportion to image_size.
         batch_size: images per rank and forward pass.
         workers: data loading processes per rank.
         parallel: device and precision; unset: a GPU where there is one, fp32.
@@ -103,14 +104,12 @@ def evaluate(
     parallel = parallel or ParallelConfig()
     with process_group(parallel) as world:
         with errors_once():
-            model, metadata = load_exported(path)
-            source = metadata.source if source is None else source
-            if image_size is None and source.partition(":")[0] != "digits":
-                image_size = metadata.image_size
+            model, header = load_exported(path)
+            source = header.origin if source is None else source
             config = DataConfig(source, image_size=image_size, resize=resize, workers=workers)
-            data = replace(open_data(config, val_only=True), mean=metadata.mean, std=metadata.std)
+            data = open_data(config, preprocessing=header.preprocessing, val_only=True)
             for name in ("num_classes", "in_chans"):
-                wanted, got = getattr(metadata, name), getattr(data, name)
+                wanted, got = getattr(model, name), getattr(data, name)
                 if wanted != got:
                     raise ValueError(f"{path} has {name} {wanted}, the images of {source} have {got}")
         model = parallelize(model.to(world.device), world.mesh, parallel)

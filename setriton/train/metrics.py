@@ -8,7 +8,7 @@ import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from setriton.train.files import write_atomically
+from setriton.files import write_atomically
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from setriton.files import write_atomically
 from setriton.models import create_model
+from setriton.models.saved import Header
 from setriton.train.batchnorm import sync_batch_norm_stats
 from setriton.train.checkpoint import Checkpointer, is_finite
 from setriton.train.config import TrainConfig, differences
 from setriton.train.data import make_loader, open_data
 from setriton.train.distributed import World, errors_once, process_group, restart_count
 from setriton.train.evaluation import EvalResult, run_evaluation, validation_loader
-from setriton.train.export import ExportMetadata, export
-from setriton.train.files import write_atomically
+from setriton.train.export import export
 from setriton.train.meter import LossMeter, NonFiniteLoss, Sums
 from setriton.train.metrics import EpochMetrics, MetricsLogger, RunLogger
 from setriton.train.optimizer import make_optimizer
@@ -157,7 +158,7 @@ class Trainer:
             torch=torch.__version__,
         )
         if completed:
-            export(self.model, config.out / "model.safetensors", self._metadata())
+            export(self.model, config.out / "model.safetensors", self._header())
             if world.is_rank0:
                 write_atomically(config.out / "result.json", _to_json(asdict(result)))
             world.say(f"finished after {result.epochs} epochs; weights, metrics and result.json are in {config.out}")
@@ -299,16 +300,13 @@ class Trainer:
             raise NonFiniteError(f"{problem}; nothing of it is saved, the newest checkpoint is {newest}")
         raise AssertionError
 
-    def _metadata(self) -> ExportMetadata:
-        return ExportMetadata(
+    def _header(self) -> Header:
+        sizes = {"num_classes": self.data.num_classes, "in_chans": self.data.in_chans}
+        return Header(
             model=self.config.model.name,
-            layout=self.config.model.layout,
-            num_classes=self.data.num_classes,
-            in_chans=self.data.in_chans,
-            image_size=self.data.image_size,
-            source=self.config.data.source,
-            mean=self.data.mean,
-            std=self.data.std,
+            options=sizes | self.config.model.options(),
+            preprocessing=self.data.preprocessing,
+            origin=self.config.data.source,
         )
 
 

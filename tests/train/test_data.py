@@ -30,7 +30,7 @@ def image_folder(tmp_path: Path) -> Path:
 def test_digits_are_split_once_and_for_all() -> None:
     data = open_data(DataConfig("digits"))
     assert (len(data.train), len(data.val)) == (1437, 360)
-    assert (data.num_classes, data.in_chans, data.image_size) == (10, 1, 8)
+    assert (data.num_classes, data.in_chans, data.preprocessing.image_size) == (10, 1, 8)
     labels = [data.val[SampleKey(0, image)][1] for image in range(360)]
     assert torch.bincount(torch.tensor(labels)).tolist() == [36, 36, 35, 37, 36, 37, 36, 36, 35, 36]
 

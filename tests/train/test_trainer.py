@@ -58,13 +58,9 @@ def test_a_run_leaves_what_it_promises(config: TrainConfig) -> None:
 def test_the_exported_network_evaluates_to_the_same_error(short: TrainConfig) -> None:
     result = train(short)
     path = short.out / "model.safetensors"
-    model, metadata = load_exported(path)
-    assert (metadata.model, metadata.num_classes, metadata.in_chans, metadata.source) == (
-        "se_resnet20",
-        10,
-        1,
-        "digits",
-    )
+    model, header = load_exported(path)
+    assert (header.model, header.origin) == ("se_resnet20", "digits")
+    assert header.options == {"num_classes": 10, "in_chans": 1, "drop_rate": 0.1}
     assert not model.training
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     again = evaluate(path, parallel=ParallelConfig(device="cpu"))

@@ -1,0 +1,70 @@
+"""A network in one safetensors file that says how to build it and what images it wants."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from setriton.files import publish
+
+from .preprocessing import Preprocessing
+
+_KEY = "setriton"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of the network in it."""
+
+    model: str
+    """Its name for `create_model`."""
+    options: dict[str, Any]
+    """Further arguments of `create_model`; those that are missing have their defaults."""
+    preprocessing: Preprocessing
+    origin: str
+    """The images it was trained with, or where its weights are from."""
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], header: Header) -> None:
+    """Write a state dict and what belongs to it; the file is whole or not there.
+
+    Raises:
+        TypeError: an option that JSON cannot hold.
+        OSError: the file cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    # One entry: safetensors writes several in any order, and equal networks should be equal files.
+    metadata = {_KEY: json.dumps(asdict(header))}
+    temporary = path.with_name(path.name + ".tmp")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(temporary), metadata=metadata)
+    publish(temporary, path)
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], Header | None]:
+    """The tensors of a safetensors file, on the CPU, and its header if setriton wrote it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no safetensors file, or a header that names no network.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            metadata = file.metadata() or {}
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from None
+    if _KEY not in metadata:
+        return tensors, None
+    try:
+        fields = json.loads(metadata[_KEY])
+        return tensors, Header(**fields | {"preprocessing": Preprocessing(**fields["preprocessing"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not say which network it holds: {error!r}") from None

@@ -1,0 +1,183 @@
+"""Tensors into a network: what differs in form is brought into its form, what differs in kind is refused."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..base import Network
+from ..preprocessing import Preprocessing
+
+State = dict[str, Tensor]
+
+# Classes of TensorFlow's ImageNet networks: class 0 is the background.
+BACKGROUND_TOO = 1001
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What was loaded, and all that was changed on the way or left out."""
+
+    title: str
+    """Where the weights are from."""
+    tensors: int
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.tensors} tensors of {self.title}", *(f"  {note}" for note in self.notes)])
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A state dict under our keys, and what is known of it."""
+
+    state: State
+    title: str
+    needs: dict[str, Any]
+    """Options the network must have."""
+    preprocessing: Preprocessing | None
+    published_dropout: bool
+    model: str | None = None
+    """The network's name, where the file says it."""
+    options: dict[str, Any] | None = None
+    """All options the network was built with, where the file says them."""
+
+
+def fit(model: Network, weights: Weights) -> LoadReport:
+    """Load tensors whose names and shapes agree with the network's, once all is known to."""
+    notes: list[str] = []
+    target = model.state_dict()
+    state = dict(weights.state)
+    _fit_classifier(model, state, target, notes)
+    _fit_first_convolution(model, state, target, notes)
+    _fold_biases(state, target, notes)
+    _add_missing(state, target, notes)
+    missing, unexpected = target.keys() - state.keys(), state.keys() - target.keys()
+    for kind, keys in (("has no", missing), ("has", unexpected)):
+        if keys:
+            some = ", ".join(sorted(keys)[:3])
+            other = "in the network" if kind == "has no" else "not in the network"
+            raise ValueError(
+                f"weights of {weights.title} are not those of {model.config['name']}: the file {kind} {some}, which "
+                f"{'is' if len(keys) == 1 else 'are'} {other} ({len(keys)} such)"
+            )
+    for key, tensor in state.items():
+        wanted = target[key]
+        if tensor.shape != wanted.shape and _trim(tensor) == _trim(wanted):
+            tensor = tensor.reshape(wanted.shape)
+        if tensor.shape != wanted.shape:
+            raise ValueError(_shape_message(model, weights, key, tensor, wanted))
+        state[key] = tensor.to(dtype=wanted.dtype)
+    on_meta = any(tensor.is_meta for tensor in target.values())
+    model.load_state_dict(state, assign=on_meta)
+    if weights.preprocessing is not None:
+        model.preprocessing = _for_channels(weights.preprocessing, model.in_chans)
+    return LoadReport(weights.title, len(state), notes)
+
+
+def _trim(tensor: Tensor) -> list[int]:
+    """The shape without axes of 1: that of a linear layer and of a 1x1 convolution are the same."""
+    return [size for size in tensor.shape if size != 1]
+
+
+def _fit_classifier(model: Network, state: State, target: State, notes: list[str]) -> None:
+    if "fc.weight" not in state:
+        return
+    classes = state["fc.weight"].shape[0]
+    if classes == model.num_classes:
+        return
+    if classes == model.num_classes + 1 == BACKGROUND_TOO:
+        state["fc.weight"], state["fc.bias"] = state["fc.weight"][1:], state["fc.bias"][1:]
+        notes.append("fc: class 0 of 1,001, the background, is left out")
+        return
+    for key in ("fc.weight", "fc.bias"):
+        state.pop(key, None)
+        if key in target:
+            state[key] = target[key]
+    if model.num_classes:
+        notes.append(f"fc: as it was; the weights have {classes:,} classes, the network {model.num_classes:,}")
+
+
+def _fit_first_convolution(model: Network, state: State, target: State, notes: list[str]) -> None:
+    name = next(name for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
+    key = f"{name}.weight"
+    if key not in state or state[key].dim() != 4 or state[key].shape[1] == model.in_chans:
+        return
+    weight, wanted = state[key], model.in_chans
+    given = weight.shape[1]
+    if wanted == 1:
+        state[key] = weight.sum(1, keepdim=True)
+        notes.append(f"{key}: summed over its {given} input channels")
+        return
+    # Scaled, so that images of equal channels give what they gave.
+    repeats = -(-wanted // given)
+    state[key] = weight.repeat(1, repeats, 1, 1)[:, :wanted] * (given / wanted)
+    notes.append(f"{key}: its {given} input channels repeated to {wanted}, times {given}/{wanted}")
+
+
+def _fold_biases(state: State, target: State, notes: list[str]) -> None:
+    """A bias in front of BN moves its mean, and nothing else."""
+    folded = 0
+    for key in [key for key in state if key.endswith(".conv.bias") and key not in target]:
+        mean = key.removesuffix("conv.bias") + "bn.running_mean"
+        if mean in state:
+            state[mean] = state[mean] - state.pop(key)
+            folded += 1
+    if folded:
+        notes.append(f"{folded} biases of convolutions are folded into the means of the BN behind them")
+
+
+def _add_missing(state: State, target: State, notes: list[str]) -> None:
+    for key, tensor in target.items():
+        if key not in state and key.endswith("num_batches_tracked"):
+            state[key] = torch.zeros((), dtype=tensor.dtype)
+    biases = [key for key in target if key.endswith((".se.fc1.bias", ".se.fc2.bias"))]
+    if biases and not any(key in state for key in biases) and all(_weight_of(key) in state for key in biases):
+        state.update({key: torch.zeros_like(target[key], device="cpu") for key in biases})
+        notes.append("se: the weights have no biases, the network's are 0")
+    for key in [key for key in state if key.endswith("num_batches_tracked") and key not in target]:
+        del state[key]
+
+
+def _weight_of(bias: str) -> str:
+    return bias.removesuffix("bias") + "weight"
+
+
+def _shape_message(model: Network, weights: Weights, key: str, got: Tensor, wanted: Tensor) -> str:
+    name = model.config["name"]
+    message = f"weights of {weights.title} do not fit {name}: {key} is {_shape(got)}, in the network {_shape(wanted)}"
+    options = se_options(weights.state)
+    if ".se.fc" in key and options:
+        wants = ", ".join(f"{option}={value!r}" for option, value in options.items())
+        message += f"; their SE blocks have other hidden widths: create_model({name!r}, {wants})"
+    return message
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a number"
+
+
+def se_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Options of `create_model` for SE blocks as wide as those of a state dict; {} for the defaults, or if none do."""
+    widths = {tensor.shape[1]: tensor.shape[0] for key, tensor in state.items() if key.endswith(".se.fc1.weight")}
+    if not widths or all(hidden == max(1, channels // 16) for channels, hidden in widths.items()):
+        return {}
+    hiddens = set(widths.values())
+    if len(hiddens) == 1 and len(widths) > 1:
+        return {"rd_channels": hiddens.pop()}
+    if all(hidden == max(8, (channels // 16 + 4) // 8 * 8) for channels, hidden in widths.items()):
+        return {"rd_divisor": 8}
+    widest = max(widths)
+    ratio = widths[widest] / widest
+    fits = all(hidden == max(1, int(channels * ratio)) for channels, hidden in widths.items())
+    return {"rd_ratio": ratio} if fits else {}
+
+
+def _for_channels(preprocessing: Preprocessing, in_chans: int) -> Preprocessing:
+    """Mean and deviation for images of another number of channels: their averages."""
+    if in_chans == len(preprocessing.mean):
+        return preprocessing
+    mean, std = (sum(values) / len(values) for values in (preprocessing.mean, preprocessing.std))
+    return replace(preprocessing, mean=(mean,) * in_chans, std=(std,) * in_chans)

@@ -1,0 +1,115 @@
+"""Weights of any known kind into a network, or the reason why its outputs would be wrong."""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..base import Network
+from ..registry import entry
+from .files import read_weights, unwrapped
+from .fit import BACKGROUND_TOO, LoadReport, Weights, fit, se_options
+from .sources import recognise
+
+# Options of a saved network that change neither its parameters' meaning nor its outputs in evaluation.
+_FREE = ("num_classes", "in_chans", "global_pool", "drop_rate", "drop_path_rate", "zero_init_last", "fused")
+
+
+def open_weights(weights: str | Path | Mapping[str, Any], source: str = "auto") -> Weights:
+    """Read weights and recognise them; arguments and errors are those of `load_weights`."""
+    header = None
+    if isinstance(weights, Mapping):
+        state = unwrapped(weights, "weights")
+    elif isinstance(weights, str | Path):
+        state, header = read_weights(Path(weights).expanduser())
+    else:
+        raise TypeError(f"weights must be a path or a state dict; got {type(weights).__name__}")
+    if header is not None:
+        options = entry(header.model).options() | header.options
+        needs = {name: value for name, value in options.items() if name not in _FREE}
+        title = f"setriton {header.model}"
+        return Weights(state, title, needs, header.preprocessing, False, header.model, header.options)
+    known = recognise(state, source)
+    state = known.translate(state)
+    needs = known.network_needs(state)
+    return Weights(state, known.title, needs, known.preprocessing, known.published_dropout)
+
+
+def options_for(name: str, weights: Weights) -> dict[str, Any]:
+    """Options of `create_model` with which network `name` is the one that the weights are of."""
+    chosen = weights.needs | se_options(weights.state) | (weights.options or {})
+    classes = weights.state["fc.weight"].shape[0] if "fc.weight" in weights.state else None
+    if classes not in (None, BACKGROUND_TOO):
+        chosen.setdefault("num_classes", classes)
+    known = entry(name).options()
+    return {option: value for option, value in chosen.items() if option in known and known[option] != value}
+
+
+def load_weights(
+    model: nn.Module,
+    weights: str | Path | Mapping[str, Any],
+    source: str = "auto",
+    *,
+    allow: Collection[str] = (),
+) -> LoadReport:
+    """Load published weights into a network, in place; either all of them, or none and an error.
+
+    Networks of one name differ in details that do not show in shapes: where the stride is, how the stem pools. Weights
+    are refused by a network that was built otherwise than they need, since its outputs would be wrong without a sign.
+
+    Args:
+        model: built by `create_model`. With another number of classes than the weights', its classifier keeps the
+            weights it has; with other `in_chans`, the first convolution's are summed or repeated.
+        weights: a file (safetensors, a PyTorch checkpoint, .caffemodel, .npz of Caffe's blobs, or what setriton wrote),
+            or a state dict.
+        source: where they come from: auto, by their keys; or caffe (the authors), legacy (timm's legacy_*, Cadene),
+            timm (also torchvision), nvidia, moskomule, mmpretrain, ...
+        allow: options in which the network may differ from what the weights need, such as "drop_rate".
+
+    Returns:
+        What was loaded, changed and left out. `model.preprocessing` is then what the weights were trained with.
+
+    Raises:
+        TypeError: `model` is none of ours, or `weights` neither a path nor a state dict.
+        FileNotFoundError: no such file.
+        ValueError: the source is unknown, the weights are another network's, or need an option that `model` was not
+            built with: the message names it.
+    """
+    if not isinstance(model, Network) or not model.config:
+        raise TypeError(f"model must be a network that create_model built; got {type(model).__name__}")
+    return load_opened(model, open_weights(weights, source), allow)
+
+
+def load_opened(model: Network, weights: Weights, allow: Collection[str] = ()) -> LoadReport:
+    """As `load_weights`, of weights that have been read."""
+    _check_options(model, weights, allow)
+    return fit(model, weights)
+
+
+def _check_options(model: Network, weights: Weights, allow: Collection[str]) -> None:
+    name = model.config["name"]
+    if weights.model is not None and weights.model != name:
+        raise ValueError(f"weights must be those of {name}; these are of {weights.model}")
+    options = entry(name).options()
+    needs = dict(weights.needs)
+    if weights.published_dropout:
+        needs["drop_rate"] = options["drop_rate"]
+    built = options | model.config
+    wrong = {
+        option: needed
+        for option, needed in needs.items()
+        if option not in allow and option in built and not _equal(built[option], needed)
+    }
+    if wrong:
+        has = ", ".join(f"{option}={built[option]!r}" for option in wrong)
+        wants = ", ".join(f"{option}={needed!r}" for option, needed in wrong.items())
+        raise ValueError(
+            f"weights of {weights.title} need {wants}; the network has {has} and would give other outputs: "
+            f"create_model({name!r}, {wants}), or allow={sorted(wrong)} where you mean it"
+        )
+
+
+def _equal(a: object, b: object) -> bool:
+    """Lists are tuples that went through JSON."""
+    return (list(a) if isinstance(a, tuple) else a) == (list(b) if isinstance(b, tuple) else b)

@@ -1,0 +1,174 @@
+"""Where weights come from: how their keys tell, what our keys are, what the network must be to run them."""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ..preprocessing import Preprocessing
+from . import caffe
+
+State = dict[str, Tensor]
+Rename = tuple[str, str | Callable[[re.Match[str]], str]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One way in which published weights are written down.
+
+    The networks of one source compute alike wherever their keys do, so that what a network must be follows from them.
+    """
+
+    name: str
+    title: str
+    """Whose weights these are, for messages."""
+    marks: tuple[str, ...]
+    """Regular expressions; the source is this one if each matches some key."""
+    renames: tuple[Rename, ...] = ()
+    """Regular expressions and what they become, applied to every key in turn."""
+    needs: dict[str, Any] = field(default_factory=dict)
+    """Options of `create_model` without which the outputs would be others."""
+    published_dropout: bool = False
+    """Whether the weights were trained with the network's own dropout; other libraries' defaults say nothing."""
+    preprocessing: Preprocessing | None = None
+    """What the images must be; None where the keys do not tell: then the network's own default stays."""
+    prepare: Callable[[State], State] | None = None
+    """What must happen to the tensors before keys are renamed."""
+
+    def recognises(self, keys: Iterable[str]) -> bool:
+        keys = list(keys)
+        return all(any(re.fullmatch(mark, key) for key in keys) for mark in self.marks)
+
+    def translate(self, state: State) -> State:
+        """The state dict under our keys."""
+        state = state if self.prepare is None else self.prepare(state)
+        renamed = {}
+        for key, tensor in state.items():
+            for pattern, replacement in self.renames:
+                key = re.sub(pattern, replacement, key)
+            renamed[key] = tensor
+        return renamed
+
+    def network_needs(self, state: State) -> dict[str, Any]:
+        """Options that the network of this state dict, under our keys, must have."""
+        needs = dict(self.needs)
+        is_basic = "layer1.0.conv2.weight" in state and "layer1.0.conv3.weight" not in state
+        if self.name == "legacy" and is_basic and "layer1.0.se.fc1.weight" in state:
+            # timm's legacy_seresnet18 and 34, which no paper has.
+            needs["bn_act"] = "relu"
+        return needs
+
+
+def _next_digit(match: re.Match[str]) -> str:
+    return f"layer{int(match[1]) + 1}."
+
+
+_TORCH, _CAFFE = {"layout": "torch"}, {"layout": "caffe"}
+_SENET154_STEM = (
+    (r"^layer0\.conv1\.", "conv1.0."),
+    (r"^layer0\.bn1\.", "conv1.1."),
+    (r"^layer0\.conv2\.", "conv1.3."),
+    (r"^layer0\.bn2\.", "conv1.4."),
+    (r"^layer0\.conv3\.", "conv1.6."),
+    (r"^layer0\.bn3\.", "bn1."),
+)
+_STEM = ((r"^layer0\.", ""),)
+_LEGACY = ((r"\.se_module\.", ".se."), (r"^last_linear\.", "fc."))
+_INCEPTION_V2 = Preprocessing(299, 333, (0.5,) * 3, (0.5,) * 3, interpolation="bicubic")
+
+# In this order: what stands first is the more special.
+SOURCES = (
+    Source(
+        "caffe",
+        "the authors' Caffe models",
+        (r"classifier:0", r"conv\d.*:0"),
+        caffe.RENAMES,
+        _CAFFE,
+        published_dropout=True,
+        preprocessing=caffe.PREPROCESSING,
+        prepare=caffe.to_state_dict,
+    ),
+    Source(
+        "legacy",
+        "timm legacy_* or Cadene (SENet-154)",
+        (r"layer0\.conv3\.weight", r"last_linear\.weight"),
+        _SENET154_STEM + _LEGACY,
+        _CAFFE,
+        published_dropout=True,
+        preprocessing=Preprocessing(),
+    ),
+    Source(
+        "legacy",
+        "timm legacy_* or Cadene",
+        (r"layer0\.conv1\.weight", r"last_linear\.weight"),
+        _STEM + _LEGACY,
+        _CAFFE,
+        published_dropout=True,
+        preprocessing=Preprocessing(),
+    ),
+    Source(
+        "nvidia",
+        "NVIDIA DeepLearningExamples",
+        (r"layers?\.?\d\.0\.squeeze\.squeeze\.weight",),
+        (
+            (r"^layers\.(\d)\.", _next_digit),
+            (r"\.squeeze\.squeeze\.", ".se.fc1."),
+            (r"\.squeeze\.expand\.", ".se.fc2."),
+        ),
+        _TORCH,
+        preprocessing=Preprocessing(),
+    ),
+    Source(
+        "nvidia",
+        "NVIDIA DeepLearningExamples (plain)",
+        (r"layers\.0\.0\.conv1\.weight",),
+        ((r"^layers\.(\d)\.", _next_digit),),
+        _TORCH,
+        preprocessing=Preprocessing(),
+    ),
+    Source(
+        "moskomule",
+        "moskomule/senet.pytorch",
+        (r"layer1\.0\.se\.fc\.0\.weight",),
+        ((r"\.se\.fc\.0\.", ".se.fc1."), (r"\.se\.fc\.2\.", ".se.fc2.")),
+        _TORCH,
+        preprocessing=Preprocessing(),
+    ),
+    Source(
+        "mmpretrain",
+        "mmpretrain",
+        (r"backbone\.layer1\.0\.conv1\.weight",),
+        (
+            (r"^backbone\.", ""),
+            (r"^head\.fc\.", "fc."),
+            (r"\.se_layer\.conv1\.conv\.", ".se.fc1."),
+            (r"\.se_layer\.conv2\.conv\.", ".se.fc2."),
+        ),
+        _TORCH,
+        preprocessing=Preprocessing(),
+    ),
+    Source(
+        "timm",
+        "timm or torchvision",
+        (r"conv1\.(0\.)?weight", r"layer1\.0\.conv1\.weight"),
+        needs=_TORCH,
+    ),
+)
+
+
+def recognise(state: State, source: str = "auto") -> Source:
+    """Where a state dict comes from.
+
+    Raises:
+        ValueError: no source is called `source`, or the keys are not those of it, or of any if it is auto.
+    """
+    names = list(dict.fromkeys(known.name for known in SOURCES))
+    if source != "auto" and source not in names:
+        raise ValueError(f"source must be auto or one of {', '.join(names)}; got {source!r}")
+    found = next((s for s in SOURCES if source in ("auto", s.name) and s.recognises(state)), None)
+    if found is None:
+        whose = "weights of a known kind" if source == "auto" else f"weights of {source}"
+        raise ValueError(f"these must be {whose} ({', '.join(names)}); got keys such as {', '.join(list(state)[:3])}")
+    return found

@@ -13,6 +13,10 @@ __all__ = [
     "inception_resnet_v2",
     "list_models",
     "load_weights",
+    "mobilenet",
+    "preact_resnet",
     "resnet",
+    "shufflenet",
     "small_resnet",
+    "vgg",
 ]

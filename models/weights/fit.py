@@ -111,7 +111,7 @@ def _fit_first_convolution(model: Network, state: State, target: State, notes: l
         state[key] = weight.sum(1, keepdim=True)
         notes.append(f"{key}: summed over its {given} input channels")
         return
-    # Scaled, so that images of equal channels give what they gave.
+    # Scaled, so that images of equal channels give what they gave (of other multiples than whole ones, about that).
     repeats = -(-wanted // given)
     state[key] = weight.repeat(1, repeats, 1, 1)[:, :wanted] * (given / wanted)
     notes.append(f"{key}: its {given} input channels repeated to {wanted}, times {given}/{wanted}")

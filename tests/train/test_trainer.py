@@ -82,7 +82,7 @@ def test_evaluation_refuses_what_does_not_fit(short: TrainConfig, tmp_path: Path
     path = short.out / "model.safetensors"
     with pytest.raises(ValueError, match=r"has num_classes 10, the images of synthetic:20 have 1000"):
         evaluate(path, "synthetic:20", image_size=32)
-    with pytest.raises(FileNotFoundError, match="no exported network"):
+    with pytest.raises(FileNotFoundError, match="no file"):
         evaluate(tmp_path / "nothing.safetensors")
     garbage = tmp_path / "garbage.safetensors"
     garbage.write_bytes(b"garbage")

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from . import __version__
 from .cli_bench import bench
+from .cli_models import models
 from .command import call, is_rank0, positional, show
 
 # What commands raise for wrong input, answered with one line; SETRITON_TRACEBACK=1 shows where it came from. Anything
@@ -86,33 +87,6 @@ def evaluate(arguments: Sequence[str]) -> int:
             print(f"{result.images} images: loss {result.loss:.4f}, top-1 error {result.error_top1:.2f} %{top5}")
 
     return call("evaluate", command, arguments)
-
-
-def models(arguments: Sequence[str]) -> int:
-    """The networks: names, parameters, classes."""
-    import torch
-    from rich.table import Table
-
-    from .models import create_model, list_models
-
-    def command(pattern: Annotated[str, positional()] = "*") -> None:
-        """The networks: names, parameters, classes by default.
-
-        Args:
-            pattern: shell pattern, such as 'se_*'.
-        """
-        names = list_models(pattern)
-        if not names:
-            raise ValueError(f"no network matches {pattern!r}; `setriton models` lists all")
-        table = Table("network", "parameters", "classes")
-        for name in names:
-            with torch.device("meta"):
-                model = create_model(name)
-            parameters = sum(p.numel() for p in model.parameters())
-            table.add_row(name, f"{parameters:,}", f"{model.get_submodule('fc').out_features:,}")
-        show(table)
-
-    return call("models", command, arguments)
 
 
 def curves(arguments: Sequence[str]) -> int:

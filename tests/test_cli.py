@@ -4,11 +4,13 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from setriton import cli
+from setriton import cli, list_models
+from setriton.models.published import PUBLISHED
 
 PROGRAM = (sys.executable, "-m", "setriton")
 
@@ -26,13 +28,16 @@ def setriton(*arguments: str | Path, **environment: str) -> subprocess.Completed
     ("arguments", "message"),
     [
         (["trian"], "no such command; there are train, evaluate"),
-        (["models", "vgg*"], "no network matches 'vgg*'"),
+        (["models", "densenet*"], "no network matches 'densenet*'"),
+        (["models", "resnet*", "--se"], "no network with SE matches 'resnet*'"),
+        (["models", "se_*", "--plain"], "no network without SE matches 'se_*'"),
+        (["models", "--se", "--plain"], "plain must be left out where se is given"),
         (["curves"], "runs must name at least one training run"),
         (["curves", "nowhere"], "nowhere holds no metrics.csv"),
         (["bench", "speed"], "bench wants one of ops, models, resources, traffic; got 'speed'"),
         (["curves", "nowhere", "--out", "picture"], "nowhere holds no metrics.csv"),
         (["bench", "resources", "--targets", "sm_10"], "target must be one of sm_80"),
-        (["evaluate", "nowhere.safetensors"], "no exported network nowhere.safetensors"),
+        (["evaluate", "nowhere.safetensors"], "no file nowhere.safetensors"),
         (["evaluate", "README.md"], "README.md is not a safetensors file"),
         (["train", "digits", "--model.name", "seresnet20", "--out", "OUT"], "did you mean se_resnet20"),
         (["train", "imagenet-paper", "--data.source", "imagefolder:nowhere", "--out", "OUT"], "nowhere"),
@@ -93,9 +98,46 @@ def test_help_of_every_training_option_says_something() -> None:
     assert [name for name, text in options if text.startswith(("(default", "--"))] == []
 
 
-def test_models_and_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["models", "se_resnet50"]) == 0
-    assert "28,088,024" in capsys.readouterr().out
+def rows(shown: str) -> list[list[str]]:
+    """The cells of a table's rows."""
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
+
+
+def test_models_say_what_is_published_and_what_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["models", "*resnet[15]*0"]) == 0
+    found = {row[0]: row[1:] for row in rows(capsys.readouterr().out)}
+    assert found["se_resnet50"] == ["224", "28,088,024", "3.860", "16", "23.29/6.62"]
+    assert found["resnet50"] == ["224", "25,557,032", "3.858", "0", "24.80/7.48"]
+    assert found["se_resnet110"] == ["32", "1,742,200", "0.253*", "54*", ""]
+    assert found["se_preact_resnet110"][-1] == "5.21"
+
+
+def test_models_fit_into_80_columns() -> None:
+    shown = setriton("models", "*152*", COLUMNS="80").stdout
+    assert len(rows(shown)) == len(list_models("*152*"))
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(("option", "se"), [("--se", True), ("--plain", False)])
+def test_models_with_and_without_se(option: str, se: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["models", "*net50*", option]) == 0
+    assert [row[0] for row in rows(capsys.readouterr().out)] == list_models("*net50*", se=se)
+
+
+def test_models_check(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cli.main(["models", "*resnet?0", "--check"]) == 0
+    assert "2 of 4 networks have published sizes: all equal here." in capsys.readouterr().out
+    monkeypatch.setitem(PUBLISHED, "se_resnet50", replace(PUBLISHED["se_resnet50"], parameters=1, se_blocks=15))
+    assert cli.main(["models", "*resnet?0", "--check"]) == 1
+    shown = capsys.readouterr()
+    assert "2 of 4 networks have published sizes: 1 not equal here." in shown.out
+    assert shown.err.splitlines() == [
+        "setriton models: error: se_resnet50: 28,088,024 parameters, published are 1",
+        "setriton models: error: se_resnet50: 16 se_blocks, published are 15",
+    ]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.strip() == "0.1.0"
 

@@ -8,10 +8,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
-from torch import nn
 
 from .base import FeatureExtractor, Network, Options
 from .se import SEOptions
@@ -92,6 +91,28 @@ def entry(name: str) -> Entry:
     return _ENTRIES[name]
 
 
+@overload
+def create_model(
+    name: str,
+    *,
+    weights: str | Path | Mapping[str, Any] | None = None,
+    features_only: Literal[False] = False,
+    out_indices: int | Sequence[int] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> Network: ...
+@overload
+def create_model(
+    name: str,
+    *,
+    weights: str | Path | Mapping[str, Any] | None = None,
+    features_only: Literal[True],
+    out_indices: int | Sequence[int] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> FeatureExtractor: ...
 def create_model(
     name: str,
     *,
@@ -101,7 +122,7 @@ def create_model(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     **options: Any,
-) -> nn.Module:
+) -> Network | FeatureExtractor:
     """Build a network by name.
 
     Args:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -76,10 +76,62 @@ _SENET154_STEM = (
 )
 _STEM = ((r"^layer0\.", ""),)
 _LEGACY = ((r"\.se_module\.", ".se."), (r"^last_linear\.", "fc."))
-_INCEPTION_V2 = Preprocessing(299, 333, (0.5,) * 3, (0.5,) * 3, interpolation="bicubic")
+_INCEPTION_STAGES = {"3a": 3, "3b": 3, "3c": 4, "4a": 4, "4b": 4, "4c": 4, "4d": 4, "4e": 5, "5a": 5, "5b": 5}
+
+
+def _inception_layer(match: re.Match[str]) -> str:
+    """Cadene's name of a module's convolution, or of the BN behind it, as ours."""
+    module, layer, is_bn = match.groups()
+    return f"stage{_INCEPTION_STAGES[module]}.inception_{module}.conv_{layer}.{'bn' if is_bn else 'conv'}."
+
+
+def _inception_se(match: re.Match[str]) -> str:
+    return f"stage{_INCEPTION_STAGES[match[1]]}.inception_{match[1]}.se.{'fc1' if match[2] == 'down' else 'fc2'}."
+
+
+# Cadene's names are Caffe's with underscores, and numbers where Caffe has letters.
+_BN_INCEPTION: tuple[Rename, ...] = (
+    (r"^inception_(\w\w)_1x1_(down|up)\.", _inception_se),
+    (r"^(conv1_7x7_s2|conv2_3x3\w*|inception_\w+?)/bn\.", r"\1_bn."),
+    (r"_double3x3_reduce", "_double_3x3_reduce"),
+    (r"_double3x3a", "_double_3x3_1"),
+    (r"_double3x3b", "_double_3x3_2"),
+    (r"^conv1_7x7_s2_bn\.", "conv1.bn."),
+    (r"^conv1_7x7_s2\.", "conv1.conv."),
+    (r"^conv2_3x3(_reduce)?_bn\.", r"conv2\1.bn."),
+    (r"^conv2_3x3(_reduce)?\.", r"conv2\1.conv."),
+    (r"^inception_(\w\w)_(\w+?)(_bn)?\.", _inception_layer),
+    (r"^(last_linear|classifier)\.", "fc."),
+)
+_VGG16_STAGES = (2, 2, 3, 3, 3)
+
+
+def _vgg_layer(match: re.Match[str]) -> str:
+    """Position in VGG-16-BN's list of convolutions, BNs, ReLUs and pools as stage and block."""
+    position = int(match[1])
+    for stage, depth in enumerate(_VGG16_STAGES, 1):
+        if position < 3 * depth:
+            return f"layer{stage}.{position // 3}.{('conv', 'bn')[position % 3]}."
+        position -= 3 * depth + 1
+    return match[0]
+
+
+def _flat_vgg_head(state: State) -> State:
+    """timm's convolutions as what torchvision has in their place, linear layers."""
+    return {key: value.flatten(1) if value.dim() == 4 and "fc" in key else value for key, value in state.items()}
+
 
 # In this order: what stands first is the more special.
 SOURCES = (
+    Source(
+        "caffe",
+        "the authors' Caffe models",
+        (r"inception_3a/1x1:0",),
+        ((r"^(conv\d|inception_\w\w)/(?!bn)", r"\1_"), *_BN_INCEPTION),
+        published_dropout=True,
+        preprocessing=caffe.PREPROCESSING,
+        prepare=caffe.to_state_dict,
+    ),
     Source(
         "caffe",
         "the authors' Caffe models",
@@ -147,6 +199,34 @@ SOURCES = (
             (r"\.se_layer\.conv2\.conv\.", ".se.fc2."),
         ),
         _TORCH,
+        preprocessing=Preprocessing(),
+    ),
+    Source(
+        "cadene",
+        "Cadene (BN-Inception)",
+        (r"conv1_7x7_s2\.weight", r"last_linear\.weight"),
+        _BN_INCEPTION,
+        # BGR, as the authors' own, with another mean of red.
+        preprocessing=replace(caffe.PREPROCESSING, mean=(104 / 255, 117 / 255, 128 / 255)),
+    ),
+    Source(
+        "timm",
+        "timm or Cadene (Inception-ResNet-v2)",
+        (r"conv2d_1a\.conv\.weight", r"(classif|last_linear)\.weight"),
+        ((r"^(classif|last_linear)\.", "fc."),),
+        preprocessing=Preprocessing(299, 333, (0.5,) * 3, (0.5,) * 3, interpolation="bicubic"),
+    ),
+    Source(
+        "timm",
+        "timm or torchvision (VGG-16-BN)",
+        (r"features\.41\.running_mean", r"classifier\.6\.weight|head\.fc\.weight"),
+        (
+            (r"^features\.(\d+)\.", _vgg_layer),
+            (r"^(classifier\.6|head\.fc)\.", "fc."),
+            (r"^pre_logits\.fc1\.", "classifier.0."),
+            (r"^pre_logits\.fc2\.", "classifier.3."),
+        ),
+        prepare=_flat_vgg_head,
         preprocessing=Preprocessing(),
     ),
     Source(

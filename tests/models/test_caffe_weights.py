@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from caffe_files import Blobs, CaffeNet, encode_caffemodel, se_resnet, senet154
+from caffe_files import Blobs, CaffeNet, bn_inception, encode_caffemodel, se_resnet, senet154
 from torch import Tensor
 
 from setriton import create_model, load_weights
@@ -19,6 +19,7 @@ NETWORKS = {
     "se_resnet50": se_resnet((3, 4, 6, 3), 64, 1),
     "se_resnext50_32x4d": se_resnet((3, 4, 6, 3), 128, 32),
     "senet154": senet154,
+    "se_bn_inception": bn_inception,
 }
 
 
@@ -30,8 +31,9 @@ def flat(blobs: Blobs) -> dict[str, Tensor]:
 def test_logits_are_those_of_the_prototxt(name: str) -> None:
     run: Callable[[CaffeNet, Tensor], Tensor] = NETWORKS[name]
     net = CaffeNet()
-    # An odd size, where Caffe's pooling rounds otherwise than padding does.
-    x = torch.randn(1, 3, 69, 74, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    # Odd sizes, where Caffe's pooling rounds otherwise than padding does; Inception's maps fit together at even ones.
+    size = (64, 96) if name == "se_bn_inception" else (69, 74)
+    x = torch.randn(1, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     want = run(net, x)
     model = create_model(name, weights=flat(net.blobs), dtype=torch.float64).eval()
     with torch.no_grad():
@@ -40,6 +42,35 @@ def test_logits_are_those_of_the_prototxt(name: str) -> None:
     want = want[:, authors_labels()]
     assert (found - want).abs().max() < 1e-10 * want.abs().max()
     assert model.preprocessing.channels == "bgr"
+
+
+def test_cadenes_bn_inception_has_biases_that_are_folded() -> None:
+    net, x = CaffeNet(conv_bias=True), torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    want = bn_inception(net, x, se=False)
+    state: dict[str, Tensor] = {}
+    for layer, blobs in net.blobs.items():
+        # As Cadene's converter names them; by then statistics are divided by their factor.
+        name = (
+            layer.replace("/bn/scale", "_bn")
+            .replace("/bn", "_bn")
+            .replace("/", "_")
+            .replace("classifier", "last_linear")
+        )
+        name = name.replace("double3x3_reduce", "double_3x3_reduce")
+        name = name.replace("double3x3a", "double_3x3_1").replace("double3x3b", "double_3x3_2")
+        keys = ("running_mean", "running_var") if layer.endswith("/bn") else ("weight", "bias")
+        values = [blob / blobs[2] for blob in blobs[:2]] if layer.endswith("/bn") else blobs
+        state |= {f"{name}.{key}": value for key, value in zip(keys, values, strict=True)}
+    model = create_model("bn_inception", dtype=torch.float64).eval()
+    report = load_weights(model, state)
+    assert report.notes == ["69 biases of convolutions are folded into the means of the BN behind them"]
+    with torch.no_grad():
+        assert (model(x) - want).abs().max() < 1e-10 * want.abs().max()
+    assert (model.preprocessing.channels, model.preprocessing.mean[2] * 255) == ("bgr", 128)
+    model.train()
+    with torch.no_grad():
+        in_training = model(x.repeat(2, 1, 1, 1))
+    assert in_training.isfinite().all()
 
 
 def test_the_order_of_classes_is_a_permutation_without_a_fixed_point() -> None:

@@ -19,7 +19,7 @@ from setriton.models.preprocessing import Preprocessing
 State = dict[str, Tensor]
 
 
-def randomized(model: nn.Module) -> nn.Module:
+def randomized(model: nn.Module) -> Any:
     """Random BN parameters and statistics, and SE biases: at their initial values they would hide mistakes."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
@@ -57,6 +57,9 @@ SAME_LOGITS: dict[str, tuple[str, Callable[[], nn.Module], dict[str, Any]]] = {
     ),
     "timm seresnext101": ("se_resnext101_32x4d", of_timm("seresnext101_32x4d"), TORCH),
     "timm senet154": ("senet154", of_timm("senet154"), TORCH),
+    "timm inception_resnet_v2": ("inception_resnet_v2", of_timm("inception_resnet_v2"), {}),
+    "torchvision vgg16_bn": ("vgg16_bn", torchvision.models.vgg16_bn, {}),
+    "timm vgg16_bn": ("vgg16_bn", of_timm("vgg16_bn"), {}),
     "timm r=4": ("se_resnet50", of_timm("seresnet50", block_args={"attn_layer": R4}), TORCH | {"rd_ratio": 0.25}),
     **{f"legacy {n}": (f"se_resnet{n}", of_timm(f"legacy_seresnet{n}"), {"bn_act": "relu"}) for n in (18, 34)},
     **{f"legacy {n}": (f"se_resnet{n}", of_timm(f"legacy_seresnet{n}"), {}) for n in (50, 101, 152)},
@@ -130,7 +133,7 @@ def mmpretrain() -> tuple[nn.Module, State]:
     return model, {key if key.startswith("head.") else f"backbone.{key}": value for key, value in state.items()}
 
 
-OTHERS = {
+OTHERS: dict[str, tuple[str, Callable[[], tuple[nn.Module, State]], dict[str, Any]]] = {
     "moskomule": ("se_resnet50", moskomule, {"layout": "torch"}),
     "nvidia": ("se_resnext50_32x4d", lambda: nvidia(0), {"layout": "torch", "rd_channels": 16}),
     "nvidia, NGC": ("se_resnext50_32x4d", lambda: nvidia(1, "module."), {"layout": "torch", "rd_channels": 16}),
@@ -254,10 +257,8 @@ def test_another_classifier_and_other_channels() -> None:
     with torch.no_grad():
         features = wide.forward_features(grey.expand(-1, 6, -1, -1))
         torch.testing.assert_close(features, theirs.forward_features(grey.expand(-1, 3, -1, -1)), rtol=1e-9, atol=1e-9)
-    assert create_model("se_resnet18", weights=theirs.state_dict(), num_classes=0)(torch.ones(1, 3, 32, 32)).shape == (
-        1,
-        512,
-    )
+    features = create_model("se_resnet18", weights=theirs.state_dict(), num_classes=0)(torch.ones(2, 3, 32, 32))
+    assert features.shape == (2, 512)
 
 
 def test_files_are_read_and_give_what_the_state_dict_gives(tmp_path: Path) -> None:
@@ -310,6 +311,19 @@ def test_wrong_arguments(tmp_path: Path, call: Any, error: type[Exception], mess
     (tmp_path / "cut.safetensors").write_bytes(b"\x01")
     with pytest.raises(error, match=message):
         call(tmp_path)
+
+
+def test_cadenes_inception_resnet_v2_has_a_class_for_the_background() -> None:
+    theirs = randomized(timm.create_model("inception_resnet_v2", num_classes=1001))
+    state = renamed(theirs.state_dict(), ("classif.", "last_linear."))
+    model = create_model("inception_resnet_v2", dtype=torch.float64)
+    report = load_weights(model, state)
+    assert report.notes == ["fc: class 0 of 1,001, the background, is left out"]
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(images()), theirs(images())[:, 1:], rtol=1e-9, atol=1e-9)
+    assert (model.preprocessing.image_size, model.preprocessing.mean) == (299, (0.5, 0.5, 0.5))
+    whole = create_model("inception_resnet_v2", num_classes=1001, weights=state)
+    assert whole.fc.out_features == 1001
 
 
 def test_weights_bring_their_preprocessing() -> None:

@@ -48,9 +48,10 @@ def encode_caffemodel(blobs: Blobs, *, old: bool = False) -> bytes:
 class CaffeNet:
     """Runs layers by name in float64, making random blobs for those that it has not met."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, conv_bias: bool = False) -> None:
         self.blobs: Blobs = {}
-        self.generator = torch.Generator().manual_seed(seed)
+        self.conv_bias = conv_bias
+        self.generator = torch.Generator().manual_seed(0)
 
     def _random(self, *shape: int, low: float = -1.0, high: float = 1.0) -> Tensor:
         # Numbers that float32, in which Caffe's files are, holds exactly.
@@ -65,7 +66,7 @@ class CaffeNet:
             weight = self._random(out, x.shape[1] // groups, kernel, kernel) * 2 ** -round(0.5 * fan_in.bit_length())
             self.blobs[name] = [weight, *([self._random(out)] if bias else [])]
         weight, *rest = self.blobs[name]
-        return F.conv2d(x, weight, *rest, stride=stride, padding=kernel // 2, groups=groups)
+        return F.conv2d(x, weight, rest[0] if rest else None, stride, kernel // 2, 1, groups)
 
     def bn(self, name: str, x: Tensor) -> Tensor:
         """BatchNorm and Scale: statistics are sums, to be divided by a factor."""
@@ -80,8 +81,10 @@ class CaffeNet:
         centred = x - (mean / factor).view(1, -1, 1, 1)
         return centred / (var / factor + 1e-5).sqrt().view(1, -1, 1, 1) * weight + bias
 
-    def conv_bn(self, name: str, x: Tensor, *args: int, relu: bool = True) -> Tensor:
-        y = self.bn(name, self.conv(name, x, *args))
+    def conv_bn(
+        self, name: str, x: Tensor, out: int, kernel: int, stride: int = 1, groups: int = 1, relu: bool = True
+    ) -> Tensor:
+        y = self.bn(name, self.conv(name, x, out, kernel, stride, groups, self.conv_bias))
         return y.relu() if relu else y
 
     def pool(self, x: Tensor) -> Tensor:
@@ -97,13 +100,15 @@ class CaffeNet:
     def _fc(self, name: str, s: Tensor, out: int) -> Tensor:
         if name not in self.blobs:
             self.blobs[name] = [self._random(out, s.shape[1], 1, 1) / 4, self._random(out)]
-        return F.conv2d(s, *self.blobs[name])
+        weight, bias = self.blobs[name]
+        return F.conv2d(s, weight, bias)
 
     def classifier(self, x: Tensor, classes: int) -> Tensor:
         x = x.mean((2, 3))
         if "classifier" not in self.blobs:
             self.blobs["classifier"] = [self._random(classes, x.shape[1]) / 4, self._random(classes)]
-        return F.linear(x, *self.blobs["classifier"])
+        weight, bias = self.blobs["classifier"]
+        return F.linear(x, weight, bias)
 
 
 def se_resnet(depths: tuple[int, ...], width: int, groups: int) -> Callable[[CaffeNet, Tensor], Tensor]:
@@ -142,4 +147,40 @@ def senet154(net: CaffeNet, x: Tensor) -> Tensor:
             if block == 1:
                 x = net.conv_bn(f"{name}_1x1_proj", x, out, 3 if stride == 2 else 1, stride, relu=False)
             x = (net.excite(name, y) * y + x).relu()
+    return net.classifier(x, 1000)
+
+
+# Of each module: 1x1; 3x3 reduce, 3x3; double 3x3 reduce, a, b; projection behind the pool. 0: there is none, stride 2.
+_INCEPTION = {
+    "3a": (64, 64, 64, 64, 96, 96, 32),
+    "3b": (64, 64, 96, 64, 96, 96, 64),
+    "3c": (0, 128, 160, 64, 96, 96, 0),
+    "4a": (224, 64, 96, 96, 128, 128, 128),
+    "4b": (192, 96, 128, 96, 128, 128, 128),
+    "4c": (160, 128, 160, 128, 160, 160, 128),
+    "4d": (96, 128, 192, 160, 192, 192, 128),
+    "4e": (0, 128, 192, 192, 256, 256, 0),
+    "5a": (352, 192, 320, 160, 224, 224, 128),
+    "5b": (352, 192, 320, 192, 224, 224, 128),
+}
+
+
+def bn_inception(net: CaffeNet, x: Tensor, se: bool = True) -> Tensor:
+    """SE-BN-Inception, or BN-Inception."""
+    x = net.pool(net.conv_bn("conv1/7x7_s2", x, 64, 7, 2))
+    x = net.pool(net.conv_bn("conv2/3x3", net.conv_bn("conv2/3x3_reduce", x, 64, 1), 192, 3))
+    for module, (one, reduce, three, double, a, b, proj) in _INCEPTION.items():
+        name, stride = f"inception_{module}", 1 if one else 2
+        maps = [net.conv_bn(f"{name}/1x1", x, one, 1)] if one else []
+        maps.append(net.conv_bn(f"{name}/3x3", net.conv_bn(f"{name}/3x3_reduce", x, reduce, 1), three, 3, stride))
+        y = net.conv_bn(f"{name}/double3x3a", net.conv_bn(f"{name}/double3x3_reduce", x, double, 1), a, 3)
+        maps.append(net.conv_bn(f"{name}/double3x3b", y, b, 3, stride))
+        if not one:
+            maps.append(net.pool(x))
+        else:
+            pooled = F.max_pool2d(x, 3, 1, 1) if module == "5b" else F.avg_pool2d(x, 3, 1, 1, count_include_pad=True)
+            maps.append(net.conv_bn(f"{name}/pool_proj", pooled, proj, 1))
+        x = torch.cat(maps, dim=1)
+        if se:
+            x = net.excite(name, x) * x
     return net.classifier(x, 1000)

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import Any, Unpack
 
-import torch
 from torch import Tensor, nn
 
 from setriton.checks import check_size
 from setriton.functional import bn_squeeze_excite, bn_squeeze_excite_forked
 from setriton.modules import SqueezeExcite
+from setriton.reference import accumulate_dtype
 
 from .base import Level, Network, Options
 from .blocks import conv1x1, conv3x3, init_weights, kept_apart
@@ -159,14 +159,15 @@ class PreActResNet(Network):
 
 
 def _se_add(se: SEBlock | None, x: Tensor, shortcut: Tensor, fork: bool) -> Forked:
-    """``se(x) + shortcut``, twice with `fork`: the fused tail whose BN changes nothing, being made of 0, 0 and 1."""
+    """``se(x) + shortcut``, twice with `fork`: the fused tail whose BN changes nothing."""
     if not isinstance(se, SqueezeExcite):
         y = shortcut + (x if se is None else se(x))
         return (y, None) if fork else y
-    zeros = x.new_zeros(x.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-    # No weight and no bias, mean and variance 0; the root of variance and eps is 1.
-    arguments = (x, None, None, zeros, zeros, se.fc1.weight, se.fc1.bias, se.fc2.weight, se.fc2.bias)
-    options: dict[str, Any] = {"residual": shortcut, "training": False, "eps": 1.0, "act": se.act, "gate": se.gate}
+    dtype = accumulate_dtype(x.dtype)
+    # Made here, not kept: as buffers they would be lost in a network built on the meta device.
+    mean, var = x.new_zeros(x.shape[1], dtype=dtype), x.new_ones(x.shape[1], dtype=dtype)
+    arguments = (x, None, None, mean, var, se.fc1.weight, se.fc1.bias, se.fc2.weight, se.fc2.bias)
+    options: dict[str, Any] = {"residual": shortcut, "training": False, "eps": 0.0, "act": se.act, "gate": se.gate}
     if fork:
         return kept_apart(*bn_squeeze_excite_forked(*arguments, **options))
     return bn_squeeze_excite(*arguments, **options)

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from . import __version__
 from .cli_bench import bench
 from .cli_models import models
+from .cli_weights import convert
 from .command import call, is_rank0, positional, show
 
 # What commands raise for wrong input, answered with one line; SETRITON_TRACEBACK=1 shows where it came from. Anything
@@ -181,7 +182,7 @@ def demo(arguments: Sequence[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    function.__name__: function for function in (train, evaluate, models, curves, bench, tune, doctor, demo)
+    function.__name__: function for function in (train, evaluate, models, convert, curves, bench, tune, doctor, demo)
 }
 
 

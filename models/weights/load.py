@@ -13,7 +13,7 @@ from .fit import BACKGROUND_TOO, LoadReport, Weights, fit, se_options
 from .sources import recognise
 
 # Options of a saved network that change neither its parameters' meaning nor its outputs in evaluation.
-_FREE = ("num_classes", "in_chans", "global_pool", "drop_rate", "drop_path_rate", "zero_init_last", "fused")
+FREE = ("num_classes", "in_chans", "global_pool", "drop_rate", "drop_path_rate", "zero_init_last", "fused")
 
 
 def open_weights(weights: str | Path | Mapping[str, Any], source: str = "auto") -> Weights:
@@ -27,7 +27,7 @@ def open_weights(weights: str | Path | Mapping[str, Any], source: str = "auto") 
         raise TypeError(f"weights must be a path or a state dict; got {type(weights).__name__}")
     if header is not None:
         options = entry(header.model).options() | header.options
-        needs = {name: value for name, value in options.items() if name not in _FREE}
+        needs = {name: value for name, value in options.items() if name not in FREE}
         title = f"setriton {header.model}"
         return Weights(state, title, needs, header.preprocessing, False, header.model, header.options)
     known = recognise(state, source)

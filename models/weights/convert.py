@@ -1,0 +1,145 @@
+"""Weights from one way to write them down into another."""
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from setriton.checks import check_choice
+from setriton.modules import SqueezeExcite
+
+from ..base import Network
+from ..registry import create_model, list_models
+from ..saved import Header, save
+from ..se import SEOptions, StockSqueezeExcite
+from .fit import LoadReport, Weights
+from .load import FREE, load_opened, open_weights, options_for
+
+FORMATS = ("setriton", "timm")
+
+# timm's names of networks, and what its keys are where they are not ours.
+_TIMM_LEGACY = {
+    "se_resnet18": "legacy_seresnet18",
+    "se_resnet34": "legacy_seresnet34",
+    "se_resnet50": "legacy_seresnet50",
+    "se_resnet101": "legacy_seresnet101",
+    "se_resnet152": "legacy_seresnet152",
+    "se_resnext50_32x4d": "legacy_seresnext50_32x4d",
+    "se_resnext101_32x4d": "legacy_seresnext101_32x4d",
+    "senet154": "legacy_senet154",
+}
+_TIMM = {
+    **{ours: theirs.removeprefix("legacy_") for ours, theirs in _TIMM_LEGACY.items()},
+    **{name: name for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")},
+    **{name: name for name in ("resnext50_32x4d", "resnext101_32x4d", "inception_resnet_v2")},
+}
+# Options that timm's networks have as well, or whose values the keys and shapes show.
+_SHARED = {*FREE, "name", "layout", "bn_act", "rd_ratio", "rd_channels", "rd_divisor", "repeats"}
+_LEGACY_KEYS = ((r"\.se\.", ".se_module."), (r"^fc\.", "last_linear."))
+_LEGACY_STEM = ((r"^(conv1|bn1)\.", r"layer0.\1."), *_LEGACY_KEYS)
+_LEGACY_SENET154 = (
+    (r"^bn1\.", "layer0.bn3."),
+    (r"^conv1\.6\.", "layer0.conv3."),
+    (r"^conv1\.4\.", "layer0.bn2."),
+    (r"^conv1\.3\.", "layer0.conv2."),
+    (r"^conv1\.1\.", "layer0.bn1."),
+    (r"^conv1\.0\.", "layer0.conv1."),
+    *_LEGACY_KEYS,
+)
+
+
+def convert(
+    path: str | Path, out: Path, model: str | None = None, to: Literal["setriton", "timm"] = "setriton"
+) -> tuple[str, LoadReport]:
+    """Read weights of any known kind and write them as safetensors.
+
+    Args:
+        path: what `load_weights` takes.
+        out: the file to write; it is whole or not there.
+        model: the network; None for the one that the weights fit.
+        to: setriton: our keys, with a header of the network's name, options and preprocessing. timm: the keys of timm's
+            network of the same outputs, which are those of its legacy_* for layout "caffe".
+
+    Returns:
+        The network's name in the format that was written, and what was changed on the way.
+
+    Raises:
+        ValueError: the weights fit no network, or timm has none that computes what they need.
+    """
+    check_choice("to", to, FORMATS)
+    opened = open_weights(path)
+    name = model or opened.model or identify(opened)
+    network = create_model(name, **options_for(name, opened), device="meta")
+    report = load_opened(network, opened)
+    if to == "setriton":
+        options = {key: value for key, value in network.config.items() if key != "name"}
+        save(out, network.state_dict(), Header(name, options, network.preprocessing, report.title))
+        return name, report
+    theirs, tensors = to_timm(network)
+    from safetensors.torch import save_file
+
+    from setriton.files import publish
+
+    temporary = out.with_name(out.name + ".tmp")
+    save_file(tensors, str(temporary), metadata={"format": "pt"})
+    publish(temporary, out)
+    return theirs, report
+
+
+def identify(weights: Weights) -> str:
+    """The network whose parameters weights have.
+
+    Raises:
+        ValueError: none has them all.
+    """
+    shapes = {key: tensor.numel() for key, tensor in weights.state.items() if not _is_head(key)}
+    for name in list_models():
+        network = create_model(name, **options_for(name, weights), device="meta")
+        wanted = {key: p.numel() for key, p in network.named_parameters() if not _is_head(key)}
+        # Widths of SE, biases of SE and of convolutions in front of BN may differ: `fit` says what becomes of them.
+        if all(shapes.get(key) == size for key, size in wanted.items() if not re.search(r"\.se\.fc.\.bias$", key)):
+            extra = [key for key in shapes.keys() - network.state_dict().keys() if not key.endswith(".conv.bias")]
+            if not [key for key in extra if not key.endswith("num_batches_tracked")]:
+                return name
+    raise ValueError(f"weights of {weights.title} fit no network of `setriton models`; --model says which they are of")
+
+
+def to_timm(network: Network) -> tuple[str, dict[str, Tensor]]:
+    """timm's name of a network and its state dict under timm's keys.
+
+    Raises:
+        ValueError: timm has no network that computes the same.
+    """
+    name, config = network.config["name"], network.config
+    has_legacy_relu = config.get("bn_act") == "relu"
+    is_basic = name in ("se_resnet18", "se_resnet34")
+    renames: tuple[tuple[str, str], ...] = ()
+    if network.layout == "caffe" and name in _TIMM_LEGACY and is_basic == has_legacy_relu:
+        theirs, renames = _TIMM_LEGACY[name], _LEGACY_SENET154 if name == "senet154" else _LEGACY_STEM
+    elif network.layout != "caffe" and name in _TIMM:
+        theirs = _TIMM[name]
+        if name == "inception_resnet_v2":
+            renames = ((r"^fc\.", "classif."),)
+    else:
+        layout = f" in layout {network.layout!r}" if network.layout else ""
+        raise ValueError(f"timm has no network that computes what {name}{layout} does")
+    if other := [option for option in config if option not in _SHARED]:
+        raise ValueError(f"timm has no {theirs} with {', '.join(f'{option}={config[option]!r}' for option in other)}")
+    divisor = 1 if network.layout == "caffe" else 8
+    for module in network.modules():
+        if isinstance(module, SqueezeExcite | StockSqueezeExcite):
+            hidden, channels = module.fc1.weight.shape[:2]
+            usual = SEOptions(rd_divisor=divisor).hidden(channels)
+            if hidden != usual:
+                raise ValueError(f"timm's {theirs} has SE blocks {usual} wide at {channels} channels, not {hidden}")
+    state = {}
+    for key, tensor in network.state_dict().items():
+        for pattern, replacement in renames:
+            key = re.sub(pattern, replacement, key)
+        state[key] = tensor.contiguous()
+    return theirs, state
+
+
+def _is_head(key: str) -> bool:
+    return key.startswith("fc.")

@@ -1,0 +1,1 @@
+../../setriton/cli_weights.py

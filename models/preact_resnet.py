@@ -165,9 +165,11 @@ def _se_add(se: SEBlock | None, x: Tensor, shortcut: Tensor, fork: bool) -> Fork
         return (y, None) if fork else y
     dtype = accumulate_dtype(x.dtype)
     # Made here, not kept: as buffers they would be lost in a network built on the meta device.
-    mean, var = x.new_zeros(x.shape[1], dtype=dtype), x.new_ones(x.shape[1], dtype=dtype)
+    # Variance 0 and eps 1, not the reverse: a kernel's lanes past the last channel read 0 as the variance. Two tensors,
+    # since Dynamo takes none twice.
+    mean, var = (x.new_zeros(x.shape[1], dtype=dtype) for _ in range(2))
     arguments = (x, None, None, mean, var, se.fc1.weight, se.fc1.bias, se.fc2.weight, se.fc2.bias)
-    options: dict[str, Any] = {"residual": shortcut, "training": False, "eps": 0.0, "act": se.act, "gate": se.gate}
+    options: dict[str, Any] = {"residual": shortcut, "training": False, "eps": 1.0, "act": se.act, "gate": se.gate}
     if fork:
         return kept_apart(*bn_squeeze_excite_forked(*arguments, **options))
     return bn_squeeze_excite(*arguments, **options)

@@ -17,7 +17,7 @@ from setriton.models.inception_resnet_v2 import InceptionResNetSEOptions, Scaled
 from setriton.models.stages import ForkedStage
 
 # Learnable parameters, elements of BN statistics, multiply-adds at 299 pixels, SE blocks.
-PUBLISHED = {
+PUBLISHED: dict[str, tuple[str, dict[str, Any], int, int, int, int]] = {
     "plain": ("inception_resnet_v2", {}, 55_843_464, 60_544, 13_155_794_016, 0),
     "SE": ("se_inception_resnet_v2", {}, 64_387_444, 60_544, 13_164_289_376, 40),
     "SE everywhere": ("se_inception_resnet_v2", {"se_mixed": True}, 65_092_718, 60_544, 13_164_990_944, 43),
@@ -63,7 +63,7 @@ def randomize(model: nn.Module) -> nn.Module:
             continue
         if "running" in key or ".bn." in key:
             nn.init.uniform_(tensor, 0.5, 1.0)
-        elif ".se." in key:
+        elif "se.fc" in key:
             nn.init.normal_(tensor, std=0.3)
     return model.double().eval()
 
@@ -83,7 +83,7 @@ def test_logits_equal_timms_with_the_same_weights() -> None:
 def residual_block(relu: bool = True, **options: Any) -> ScaledResidual:
     torch.manual_seed(1)
     branches = [nn.Conv2d(32, 8, 1), nn.Conv2d(32, 8, 3, padding=1)]
-    se = InceptionResNetSEOptions(**options)
+    se = InceptionResNetSEOptions(rd_channels=9, **options)  # enough for some to be positive
     return randomize(ScaledResidual(32, branches, 16, 0.17, relu, se))  # type: ignore[return-value]
 
 

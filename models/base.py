@@ -6,7 +6,7 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import Tensor, nn
 
-from setriton.checks import check_choice, check_size
+from setriton.checks import check_choice, check_rate, check_size
 
 from .preprocessing import Preprocessing
 from .stages import ForkedStage, Stage
@@ -70,8 +70,7 @@ class Network(nn.Module):
     ) -> None:
         super().__init__()
         check_size("in_chans", in_chans)
-        if not 0 <= drop_rate < 1:
-            raise ValueError(f"drop_rate must be in [0, 1); got {drop_rate}")
+        check_rate("drop_rate", drop_rate)
         _check_head(num_classes, global_pool)
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -144,6 +143,7 @@ class Network(nn.Module):
             ``(last, maps)``, or ``maps``.
 
         Raises:
+            TypeError: `indices` are no ints.
             ValueError: there is no such level.
         """
         wanted = self.take_indices(indices)
@@ -153,10 +153,18 @@ class Network(nn.Module):
         return maps if intermediates_only else (x, maps)
 
     def take_indices(self, indices: int | Sequence[int] | None) -> list[int]:
-        """Positions in `feature_info`, in order, for `indices` as `forward_intermediates` takes them."""
+        """Positions in `feature_info`, in order, for `indices` as `forward_intermediates` takes them.
+
+        Raises:
+            TypeError: `indices` are no ints.
+            ValueError: there is no such level.
+        """
         count = len(self.feature_info)
         if indices is None:
             return list(range(count))
+        given = [indices] if isinstance(indices, int) else indices
+        if not isinstance(given, Sequence) or not all(isinstance(i, int) and not isinstance(i, bool) for i in given):
+            raise TypeError(f"indices must be ints; got {indices!r}")
         if isinstance(indices, int):
             if not 1 <= indices <= count:
                 raise ValueError(f"indices must be at most the {count} levels there are and at least 1; got {indices}")
@@ -236,6 +244,7 @@ class FeatureExtractor(nn.Module):
         out_indices: which of its `feature_info`; None all.
 
     Raises:
+        TypeError: `out_indices` are no ints.
         ValueError: there is no such level.
     """
 

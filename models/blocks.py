@@ -1,13 +1,13 @@
 """What every residual network here is made of: convolutions, blocks with SE in one of its places, initialisation."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from setriton.checks import check_choice
+from setriton.checks import check_choice, check_rate
 from setriton.modules import SqueezeExcite, bn_se_forward
 
 from .se import ACTS, SEOptions, bn_se
@@ -44,7 +44,7 @@ class BlockSEOptions(SEOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("se_position", self.se_position, POSITIONS)
-        if isinstance(self.se_stages, str) or not set(self.se_stages) <= set(STAGES):
+        if not isinstance(self.se_stages, Collection) or not all(stage in STAGES for stage in self.se_stages):
             raise ValueError(f"se_stages must be some of {STAGES}; got {self.se_stages!r}")
 
 
@@ -230,8 +230,8 @@ def drop_path_rates(rate: float, depth: int) -> list[float]:
     """Rates that grow linearly over `depth` blocks, from 0 to `rate`.
 
     Raises:
-        ValueError: `rate` is not in [0, 1).
+        TypeError: `rate` is no number.
+        ValueError: it is not in [0, 1).
     """
-    if not 0 <= rate < 1:
-        raise ValueError(f"drop_path_rate must be in [0, 1); got {rate}")
+    check_rate("drop_path_rate", rate)
     return [rate * index / max(1, depth - 1) for index in range(depth)]

@@ -23,6 +23,14 @@ def check_size(name: str, value: object) -> None:
         raise ValueError(f"{name} must be at least 1; got {value}")
 
 
+def check_rate(name: str, value: object) -> None:
+    """TypeError or ValueError unless value is a number in [0, 1)."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number; got {value!r}")
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1); got {value}")
+
+
 def check_tensors(**tensors: Tensor | None) -> None:
     """TypeError unless all are dense floating-point tensors, ValueError unless all are where x, the first, is."""
     device: torch.device | None = None

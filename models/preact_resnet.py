@@ -5,13 +5,14 @@ from typing import Any, Unpack
 
 from torch import Tensor, nn
 
-from setriton.checks import check_size
+from setriton.checks import check_rate, check_size
 from setriton.functional import bn_squeeze_excite, bn_squeeze_excite_forked
 from setriton.modules import SqueezeExcite
 from setriton.reference import accumulate_dtype
 
 from .base import Level, Network, Options
 from .blocks import conv1x1, conv3x3, init_weights, kept_apart
+from .preprocessing import Preprocessing
 from .registry import register
 from .se import SEBlock, SEOptions
 from .stages import Forked, ForkedStage
@@ -120,6 +121,8 @@ class PreActResNet(Network):
         TypeError, ValueError: a size or rate out of range.
     """
 
+    usual_preprocessing = Preprocessing(32, 32)
+
     def __init__(
         self,
         depth: int,
@@ -133,8 +136,7 @@ class PreActResNet(Network):
     ) -> None:
         super().__init__(**options)
         check_size("depth", depth)
-        if not 0 <= conv_drop_rate < 1:
-            raise ValueError(f"conv_drop_rate must be in [0, 1); got {conv_drop_rate}")
+        check_rate("conv_drop_rate", conv_drop_rate)
         self.conv1 = conv3x3(self.in_chans, 16)
         of_blocks: dict[str, Any] = {"se": se, "conv_drop_rate": conv_drop_rate}
         if bottleneck:

@@ -1,7 +1,7 @@
 """What every network here offers besides its layers: head, feature maps, checkpointing, groups of parameters."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,7 @@ class Network(nn.Module):
     num_features: int
     config: dict[str, Any]
     layout: str | None = None
+    usual_preprocessing: ClassVar[Preprocessing] = Preprocessing()
 
     def __init__(
         self,
@@ -77,7 +78,7 @@ class Network(nn.Module):
         self.global_pool = global_pool
         self.drop_rate = drop_rate
         self.config = {}
-        self.preprocessing = Preprocessing()
+        self.preprocessing = self.usual_preprocessing
 
     def finish(self, trunk: Sequence[str], feature_info: Sequence[Level]) -> None:
         """Add the head behind the modules of `trunk`: the last step of a constructor but for initialisation."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .base import Level, Network, Options
 from .blocks import BasicBlock, BlockSEOptions, conv3x3, drop_path_rates, init_weights
+from .preprocessing import Preprocessing
 from .registry import register
 from .stages import ForkedStage
 
@@ -37,6 +38,8 @@ class SmallResNet(Network):
     Raises:
         TypeError, ValueError: a depth that is not 6n + 2, or a size out of range.
     """
+
+    usual_preprocessing = Preprocessing(32, 32)
 
     def __init__(
         self,

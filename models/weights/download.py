@@ -1,8 +1,8 @@
 """Weights that timm publishes, by the names of networks here: downloaded and checked once, cached from then on."""
 
 import json
+import logging
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 from setriton.files import sha256
 
 from ..preprocessing import Preprocessing
+
+_log = logging.getLogger("setriton")
 
 # Repositories of Hugging Face's: the tag that timm itself takes for the name. They need layout="torch".
 REPOSITORIES = {
@@ -48,7 +50,8 @@ def resolve(
 
     Args:
         name: of the network.
-        weights: "timm", "timm/REPOSITORY", or what is returned as it is: a path, a state dict.
+        weights: "timm"; "timm/REPOSITORY" or "hf-hub:USER/REPOSITORY"; or what is returned as it is: a path, a state
+            dict.
         layout: caffe for the authors' networks; None for what timm takes by default.
 
     Raises:
@@ -57,18 +60,24 @@ def resolve(
     """
     if weights == "timm":
         if name in REPOSITORIES and layout != "caffe":
-            return _from_hub(REPOSITORIES[name])
+            return from_hub(REPOSITORIES[name])
         if name in RELEASES and layout != "torch":
             return _from_release(RELEASES[name]), None
         of_layout = f" in layout {layout!r}" if layout else ""
         known = ", ".join(sorted(REPOSITORIES.keys() | RELEASES.keys()))
         raise ValueError(f"weights must not be 'timm' for {name}{of_layout}: timm publishes weights of {known}")
-    if isinstance(weights, str) and weights.startswith("timm/") and not Path(weights).exists():
-        return _from_hub(weights)
+    if isinstance(weights, str) and weights.startswith(("timm/", "hf-hub:")) and not Path(weights).exists():
+        return from_hub(weights.removeprefix("hf-hub:"))
     return weights, None
 
 
-def _from_hub(repository: str) -> tuple[Path, Preprocessing | None]:
+def from_hub(repository: str) -> tuple[Path, Preprocessing | None]:
+    """model.safetensors of a repository of Hugging Face's, and timm's word on its images if it has one.
+
+    Raises:
+        ValueError: no repository can be called that.
+        OSError: it cannot be downloaded, or came with another hash.
+    """
     try:
         from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -77,8 +86,7 @@ def _from_hub(repository: str) -> tuple[Path, Preprocessing | None]:
     where = f"https://huggingface.co/{repository}/resolve/main/model.safetensors"
     try:
         cached = hf_hub_download(repository, "model.safetensors", local_files_only=True)
-        config = hf_hub_download(repository, "config.json", local_files_only=True)
-        return Path(cached), _preprocessing(Path(config))
+        return Path(cached), _preprocessing(repository)
     except LocalEntryNotFoundError:
         pass
     except HFValidationError as error:
@@ -86,7 +94,6 @@ def _from_hub(repository: str) -> tuple[Path, Preprocessing | None]:
             f"weights {repository!r} are neither a file nor a repository of Hugging Face's: {error}"
         ) from None
     try:
-        config = hf_hub_download(repository, "config.json")
         path = Path(hf_hub_download(repository, "model.safetensors"))
         wanted = get_hf_file_metadata(hf_hub_url(repository, "model.safetensors")).etag
     except (
@@ -97,7 +104,7 @@ def _from_hub(repository: str) -> tuple[Path, Preprocessing | None]:
     if wanted is not None and len(wanted) == 64 and sha256(path) != wanted:
         path.unlink()
         raise OSError(f"{where} came with a hash other than {wanted}, and is removed: download it again")
-    return path, _preprocessing(Path(config))
+    return path, _preprocessing(repository)
 
 
 def _from_release(url: str) -> Path:
@@ -120,18 +127,20 @@ def _offline(url: str, error: Exception) -> str:
     return f"cannot download {url} ({reason}): download it elsewhere, and give the file's path as weights"
 
 
-def _preprocessing(config: Path) -> Preprocessing | None:
-    """What timm's configuration of pretrained weights says of images."""
-    fields = json.loads(config.read_text()).get("pretrained_cfg", {})
+def _preprocessing(repository: str) -> Preprocessing | None:
+    """What timm's configuration of a repository says of images; None where it has none."""
+    from huggingface_hub import hf_hub_download
+
     try:
+        fields = json.loads(Path(hf_hub_download(repository, "config.json")).read_text())["pretrained_cfg"]
         size = fields["input_size"][-1]
-        return replace(
-            Preprocessing(),
+        return Preprocessing(
             image_size=size,
             resize=int(size / fields["crop_pct"]),
             mean=tuple(fields["mean"]),
             std=tuple(fields["std"]),
             interpolation=fields["interpolation"],
         )
-    except (KeyError, ValueError):
+    except Exception as error:
+        _log.warning("%s does not say which images it wants, ImageNet's usual ones are taken: %r", repository, error)
         return None

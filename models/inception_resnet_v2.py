@@ -74,9 +74,9 @@ class Branches(nn.Module):
 class ScaledResidual(Branches):
     """A residual block: ``relu(x + scale * se(conv2d(branches(x))))``, x being (N, C, H, W) as is the result.
 
-    Where SE is fused, all that follows the convolution is one operator, the convolution's bias included: BN of mean 0,
-    variance 1 and weight `scale`. What it squeezes is the scaled map; where that is not wanted, the first layer's
-    weight is divided by the scale.
+    Where SE is fused, all that follows the convolution is one operator, the convolution's bias included: BN that
+    normalizes nothing, of weight `scale`. What it squeezes is the scaled map; where that is not wanted, the first
+    layer's weight is divided by the scale. Forward hooks of `conv2d` and `se` are not called then.
 
     Args:
         channels: C.
@@ -127,7 +127,9 @@ class ScaledResidual(Branches):
         u = F.conv2d(u, conv.weight)
         dtype = accumulate_dtype(u.dtype)
         # Made here, not kept: as buffers they would be lost in a network built on the meta device.
-        mean, var = (make(u.shape[1], dtype=dtype) for make in (u.new_zeros, u.new_ones))
+        # Variance 0 and eps 1, not the reverse: a kernel's lanes past the last channel read 0 as the variance. Two
+        # tensors, since Dynamo takes none twice.
+        mean, var = (u.new_zeros(u.shape[1], dtype=dtype) for _ in range(2))
         weight = u.new_full((u.shape[1],), scale, dtype=dtype)
         # In this dtype, lest the division rounds a weight of lower precision once more.
         w1 = se.fc1.weight if self.se_scaled else se.fc1.weight.to(dtype) / scale
@@ -135,7 +137,7 @@ class ScaledResidual(Branches):
         options: dict[str, Any] = {
             "residual": shortcut,
             "training": False,
-            "eps": 0.0,
+            "eps": 1.0,
             "act": se.act,
             "gate": se.gate,
             "out_act": self.out_act,
@@ -164,6 +166,8 @@ class InceptionResNetV2(Network):
     Raises:
         TypeError, ValueError: `repeats` are not three numbers, of at least 1, 1 and 2; and as `Network`.
     """
+
+    usual_preprocessing = Preprocessing(299, 333, (0.5,) * 3, (0.5,) * 3, interpolation="bicubic")
 
     def __init__(
         self,

@@ -1,17 +1,20 @@
 """What `setriton tune` measures: the maps of a network, or those that are named, in the order of measuring."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from . import reference, reference_tail
 from .bench.cases import EFFICIENTNET, RESNET
 from .kernels.cases import KINDS, Case
 from .models import create_model
-from .models.blocks import ResidualBlock
-from .models.small_resnet import SmallResNet
-from .modules import BatchNormSqueezeExcite, SqueezeExcite
+
+# Position of `bn_act` behind x among the arguments of `reference_tail.bn_squeeze_excite`.
+_BN_ACT = list(inspect.signature(reference_tail.bn_squeeze_excite).parameters).index("bn_act") - 1
 
 
 def plan(
@@ -69,28 +72,26 @@ def maps_of_model(name: str, batch_size: int, image_size: int | None = None) -> 
     Raises:
         ValueError: no such network, or it has no SE block.
     """
-    with torch.device("meta"):
-        model = create_model(name).eval()
-    size = image_size or (32 if isinstance(model, SmallResNet) else 224)
+    model = create_model(name, device="meta").eval()
+    size = image_size or model.preprocessing.image_size
     # By map and by what stands between BN and SE, None where SE stands alone; in order, each once.
     found: dict[tuple[tuple[int, ...], str | None], None] = {}
 
-    def keep(x: Tensor, bn_act: str | None) -> None:
-        found[tuple(x.shape), bn_act] = None
+    def of_se(x: Tensor, *others: Any) -> Tensor:
+        found[tuple(x.shape), None] = None
+        return squeeze_excite(x, *others)
 
-    def before(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        keep(arguments[0], module.bn_act if isinstance(module, BatchNormSqueezeExcite) else None)
+    def of_tail(x: Tensor, *others: Any) -> Any:
+        found[tuple(x.shape), others[_BN_ACT]] = None
+        return bn_squeeze_excite(x, *others)
 
-    def after(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        keep(output[0] if isinstance(output, tuple) else output, "identity")
-
-    for module in model.modules():
-        if isinstance(module, SqueezeExcite | BatchNormSqueezeExcite):
-            module.register_forward_pre_hook(before)
-        elif isinstance(module, ResidualBlock) and module.se is not None:
-            # It calls its BN and SE as one function, not as modules; y has the shape of what goes in.
-            module.register_forward_hook(after)
-    with torch.no_grad():
+    # On the meta device all SE blocks end up in these two, whichever module calls them.
+    squeeze_excite, bn_squeeze_excite = reference.squeeze_excite, reference_tail.bn_squeeze_excite
+    with (
+        patch.object(reference, "squeeze_excite", of_se),
+        patch.object(reference_tail, "bn_squeeze_excite", of_tail),
+        torch.no_grad(),
+    ):
         model(torch.empty(batch_size, 3, size, size, device="meta"))
     if not found:
         raise ValueError(f"model {name} has no SE block")

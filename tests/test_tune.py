@@ -162,9 +162,10 @@ def test_maps_of_modules(monkeypatch: pytest.MonkeyPatch) -> None:
 
     import setriton
 
-    def build(name: str) -> nn.Module:
-        tail = setriton.BatchNormSqueezeExcite(8, bn_act="silu")
-        return nn.Sequential(nn.Conv2d(3, 8, 3), tail, setriton.SqueezeExcite(8), setriton.SqueezeExcite(8))
+    def build(name: str, device: str) -> nn.Module:
+        with torch.device(device):
+            tail = setriton.BatchNormSqueezeExcite(8, bn_act="silu")
+            return nn.Sequential(nn.Conv2d(3, 8, 3), tail, setriton.SqueezeExcite(8), setriton.SqueezeExcite(8))
 
     monkeypatch.setattr(tune_plan, "create_model", build)
     found = tune_plan.maps_of_model("made here", 2, 10)

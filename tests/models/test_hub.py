@@ -115,11 +115,12 @@ def test_offline_it_says_what_to_download(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError("no network")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
-    for name, options, file in (
+    cases: tuple[tuple[str, dict[str, Any], str], ...] = (
         ("se_resnet50", {}, r"huggingface\.co/timm/seresnet50\.a1_in1k/resolve/main/model\.safetensors"),
         ("se_resnet152", {}, r"github\.com/.*/se_resnet152-d17c99b7\.pth"),
         ("senet154", {"layout": "caffe"}, r"github\.com/.*/legacy_senet154-e9eb9fe6\.pth"),
-    ):
+    )
+    for name, options, file in cases:
         with pytest.raises(OSError, match=rf"cannot download https://{file} .*give the file's path as weights"):
             create_model(name, weights="timm", **options)
 

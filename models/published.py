@@ -90,8 +90,7 @@ def crop(name: str) -> int:
     """Side of the images that a network is counted for, pixels: as published, else its own `preprocessing`'s."""
     if name in PUBLISHED:
         return PUBLISHED[name].crop
-    model: Any = create_model(name, device="meta")
-    return model.preprocessing.image_size
+    return create_model(name, device="meta").preprocessing.image_size
 
 
 def count(name: str, **options: Any) -> Counts:
@@ -104,7 +103,7 @@ def count(name: str, **options: Any) -> Counts:
     Raises:
         TypeError, ValueError: as from `create_model`.
     """
-    model: Any = create_model(name, device="meta", **options).eval()
+    model = create_model(name, device="meta", **options).eval()
     side = crop(name)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.empty(1, model.in_chans, side, side, device="meta"))

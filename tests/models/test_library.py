@@ -15,8 +15,13 @@ from torch import Tensor, nn
 from setriton import create_model, list_models
 from setriton.models.published import crop
 
+# Without types: what is wrong with some arguments is their type.
+create: Any = create_model
+names: Any = list_models
+
 SMALL = ["resnet20", "se_resnet20"]
-OF_ONE_NETWORK: dict[str, tuple[str, ...]] = {"vgg16_bn": ("avg",), "se_vgg16_bn": ("avg",)}
+# The hidden layers of VGG read an average.
+POOLS: dict[str, tuple[str, ...]] = {"vgg16_bn": ("avg",), "se_vgg16_bn": ("avg",)}
 
 
 def small(name: str = "se_resnet20", **options: Any) -> Any:
@@ -36,7 +41,7 @@ def test_heads(name: str) -> None:
     assert model.get_classifier() is model.fc
     maps = model.forward_features(x)
     assert maps.shape[:2] == (2, model.num_features)
-    for pool in OF_ONE_NETWORK.get(name, ("avg", "max", "avgmax", "catavgmax")):
+    for pool in POOLS.get(name, ("avg", "max", "avgmax", "catavgmax")):
         doubled = 2 if pool == "catavgmax" else 1
         model.reset_classifier(3, pool)
         assert model.forward_head(maps).shape == (2, 3)
@@ -79,7 +84,7 @@ def test_dropout_is_before_the_classifier_and_in_training_alone() -> None:
 
 
 def test_zero_init_last_starts_each_block_as_its_shortcut() -> None:
-    model = create_model("se_resnet50", zero_init_last=True)
+    model: Any = create_model("se_resnet50", zero_init_last=True)
     weights = {name: m.weight for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
     assert {name.split(".")[-1] for name, w in weights.items() if not w.any()} == {"bn3"}
     assert sum(not w.any() for w in weights.values()) == 16
@@ -176,43 +181,43 @@ def test_copies_compute_the_same(how: str) -> None:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: create_model("seresnet50"), ValueError, "did you mean se_resnet50"),
-        (lambda: create_model("unknown"), ValueError, "name 'unknown' is no known network; there are "),
-        (lambda: create_model(50), TypeError, "name must be a string; got int"),
-        (lambda: create_model("resnet50", classes=3), TypeError, "takes no option 'classes'; it takes num_classes"),
-        (lambda: create_model("resnet50", rd_ratio=0.1), TypeError, "resnet50 takes no option 'rd_ratio'"),
-        (lambda: create_model("resnet50", layout="nchw"), ValueError, "layout must be one of caffe, torch; got 'nchw'"),
-        (lambda: create_model("resnet50", num_classes=-1), ValueError, "num_classes must be at least 1; got -1"),
-        (lambda: create_model("resnet50", num_classes=1.0), TypeError, "num_classes must be an int"),
-        (lambda: create_model("resnet50", num_classes=False), TypeError, "num_classes must be an int"),
-        (lambda: create_model("resnet20", in_chans=0), ValueError, "in_chans must be at least 1; got 0"),
-        (lambda: create_model("resnet20", drop_rate=1.0), ValueError, r"drop_rate must be in \[0, 1\); got 1.0"),
-        (lambda: create_model("resnet20", drop_rate="no"), TypeError, "drop_rate must be a number; got 'no'"),
-        (lambda: create_model("resnet20", drop_path_rate=-0.1), ValueError, r"drop_path_rate must be in \[0, 1\)"),
-        (lambda: create_model("resnet20", drop_path_rate="no"), TypeError, "drop_path_rate must be a number; got 'no'"),
-        (lambda: create_model("resnet20", global_pool="mean"), ValueError, "global_pool must be one of avg, max"),
-        (lambda: create_model("resnet20", global_pool=""), ValueError, "for a classifier; got ''"),
-        (lambda: create_model("resnet20").reset_classifier(3, ""), ValueError, "for a classifier; got ''"),
-        (lambda: create_model("resnet50", output_stride=4), ValueError, "output_stride must be 8, 16 or 32; got 4"),
-        (lambda: create_model("se_resnet50", bn_act="silu"), ValueError, "bn_act must be one of identity, relu"),
-        (lambda: create_model("resnet20", out_indices=(1,)), ValueError, "given with features_only=True"),
-        (lambda: create_model("resnet20", features_only=True, out_indices=()), ValueError, "levels 0 to 3; got"),
-        (lambda: create_model("resnet20", features_only=True, out_indices=(4,)), ValueError, "levels 0 to 3; got"),
-        (lambda: create_model("resnet20", features_only=True, out_indices=5), ValueError, "at most the 4 levels"),
-        (lambda: create_model("resnet20", features_only=True, out_indices="1"), TypeError, "indices must be ints"),
-        (lambda: create_model("resnet20", features_only=True, out_indices=(1.5,)), TypeError, "indices must be ints"),
-        (lambda: create_model("se_resnet20", rd_ratio=0), ValueError, "rd_ratio must be positive; got 0"),
-        (lambda: create_model("se_resnet20", rd_channels=0), ValueError, "rd_channels must be at least 1; got 0"),
-        (lambda: create_model("se_resnet20", rd_divisor=0), ValueError, "rd_divisor must be at least 1; got 0"),
-        (lambda: create_model("se_resnet20", squeeze="std"), ValueError, "squeeze must be one of avg, max, none"),
-        (lambda: create_model("se_resnet20", gate="elu"), ValueError, "gate must be one of sigmoid, tanh, relu"),
-        (lambda: create_model("se_resnet20", se_position="mid"), ValueError, "se_position must be one of standard"),
-        (lambda: create_model("se_resnet20", se_position="3x3"), ValueError, "se_position must not be 3x3 in basic"),
-        (lambda: create_model("se_resnet20", se_stages=(1,)), ValueError, r"se_stages must be some of \(2, 3, 4, 5\)"),
-        (lambda: create_model("se_resnet20", se_stages="234"), ValueError, "se_stages must be some of"),
-        (lambda: create_model("se_resnet20", se_stages=3), ValueError, "se_stages must be some of"),
-        (lambda: list_models(3), TypeError, "pattern must be a string or several; got int"),
-        (lambda: list_models(exclude=[3]), TypeError, "exclude must be a string or several; got list"),
+        (lambda: create("seresnet50"), ValueError, "did you mean se_resnet50"),
+        (lambda: create("unknown"), ValueError, "name 'unknown' is no known network; there are "),
+        (lambda: create(50), TypeError, "name must be a string; got int"),
+        (lambda: create("resnet50", classes=3), TypeError, "takes no option 'classes'; it takes num_classes"),
+        (lambda: create("resnet50", rd_ratio=0.1), TypeError, "resnet50 takes no option 'rd_ratio'"),
+        (lambda: create("resnet50", layout="nchw"), ValueError, "layout must be one of caffe, torch; got 'nchw'"),
+        (lambda: create("resnet50", num_classes=-1), ValueError, "num_classes must be at least 1; got -1"),
+        (lambda: create("resnet50", num_classes=1.0), TypeError, "num_classes must be an int"),
+        (lambda: create("resnet50", num_classes=False), TypeError, "num_classes must be an int"),
+        (lambda: create("resnet20", in_chans=0), ValueError, "in_chans must be at least 1; got 0"),
+        (lambda: create("resnet20", drop_rate=1.0), ValueError, r"drop_rate must be in \[0, 1\); got 1.0"),
+        (lambda: create("resnet20", drop_rate="no"), TypeError, "drop_rate must be a number; got 'no'"),
+        (lambda: create("resnet20", drop_path_rate=-0.1), ValueError, r"drop_path_rate must be in \[0, 1\)"),
+        (lambda: create("resnet20", drop_path_rate="no"), TypeError, "drop_path_rate must be a number; got 'no'"),
+        (lambda: create("resnet20", global_pool="mean"), ValueError, "global_pool must be one of avg, max"),
+        (lambda: create("resnet20", global_pool=""), ValueError, "for a classifier; got ''"),
+        (lambda: create("resnet20").reset_classifier(3, ""), ValueError, "for a classifier; got ''"),
+        (lambda: create("resnet50", output_stride=4), ValueError, "output_stride must be 8, 16 or 32; got 4"),
+        (lambda: create("se_resnet50", bn_act="silu"), ValueError, "bn_act must be one of identity, relu"),
+        (lambda: create("resnet20", out_indices=(1,)), ValueError, "given with features_only=True"),
+        (lambda: create("resnet20", features_only=True, out_indices=()), ValueError, "levels 0 to 3; got"),
+        (lambda: create("resnet20", features_only=True, out_indices=(4,)), ValueError, "levels 0 to 3; got"),
+        (lambda: create("resnet20", features_only=True, out_indices=5), ValueError, "at most the 4 levels"),
+        (lambda: create("resnet20", features_only=True, out_indices="1"), TypeError, "indices must be ints"),
+        (lambda: create("resnet20", features_only=True, out_indices=(1.5,)), TypeError, "indices must be ints"),
+        (lambda: create("se_resnet20", rd_ratio=0), ValueError, "rd_ratio must be positive; got 0"),
+        (lambda: create("se_resnet20", rd_channels=0), ValueError, "rd_channels must be at least 1; got 0"),
+        (lambda: create("se_resnet20", rd_divisor=0), ValueError, "rd_divisor must be at least 1; got 0"),
+        (lambda: create("se_resnet20", squeeze="std"), ValueError, "squeeze must be one of avg, max, none"),
+        (lambda: create("se_resnet20", gate="elu"), ValueError, "gate must be one of sigmoid, tanh, relu"),
+        (lambda: create("se_resnet20", se_position="mid"), ValueError, "se_position must be one of standard"),
+        (lambda: create("se_resnet20", se_position="3x3"), ValueError, "se_position must not be 3x3 in basic"),
+        (lambda: create("se_resnet20", se_stages=(1,)), ValueError, r"se_stages must be some of \(2, 3, 4, 5\)"),
+        (lambda: create("se_resnet20", se_stages="234"), ValueError, "se_stages must be some of"),
+        (lambda: create("se_resnet20", se_stages=3), ValueError, "se_stages must be some of"),
+        (lambda: names(3), TypeError, "pattern must be a string or several; got int"),
+        (lambda: names(exclude=[3]), TypeError, "exclude must be a string or several; got list"),
     ],
 )
 def test_wrong_arguments(call: Any, error: type[Exception], message: str) -> None:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from setriton.checks import check_choice, check_rate
+from setriton.functional import bn_squeeze_excite, bn_squeeze_excite_forked
 from setriton.modules import SqueezeExcite, bn_se_forward
+from setriton.reference import accumulate_dtype
 
 from .se import ACTS, SEOptions, bn_se
 from .stages import Forked
@@ -84,6 +86,36 @@ class _Apart(torch.autograd.Function):
 def kept_apart(y: Tensor, y_skip: Tensor) -> tuple[Tensor, Tensor]:
     """The two results of a forked tail as a block gives them; the reader of the second takes it as ``.view_as(y)``."""
     return y, _Apart.apply(y_skip) if torch.compiler.is_compiling() else y_skip
+
+
+def affine_se(
+    se: SqueezeExcite,
+    x: Tensor,
+    shortcut: Tensor,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    w1: Tensor | None = None,
+    out_act: str = "identity",
+    fork: bool = False,
+) -> Forked:
+    """``out_act(se(weight * x + bias) + shortcut)``, without BN before SE: the fused tail with one that is affine.
+
+    Args:
+        se: the SE block; its first weight is `w1` if that is given.
+        x, shortcut: feature maps (N, C, H, W).
+        weight, bias: (C); None for 1 and 0.
+        out_act: identity or relu.
+        fork: give the pair that the next block takes (see `ResidualBlock.forward`).
+    """
+    # Made here, not kept: as buffers they would be lost in a network built on the meta device. Variance 0 and eps 1,
+    # not the reverse: a kernel's lanes past the last channel read 0 as the variance. Two, for Dynamo takes none twice.
+    mean, var = (x.new_zeros(x.shape[1], dtype=accumulate_dtype(x.dtype)) for _ in range(2))
+    layers = (se.fc1.weight if w1 is None else w1, se.fc1.bias, se.fc2.weight, se.fc2.bias)
+    options: dict[str, Any] = {"residual": shortcut, "training": False, "eps": 1.0, "act": se.act, "gate": se.gate}
+    function = bn_squeeze_excite_forked if fork else bn_squeeze_excite
+    y = function(x, weight, bias, mean, var, *layers, **options, out_act=out_act)
+    return kept_apart(*y) if isinstance(y, tuple) else y
 
 
 class ResidualBlock(nn.Module):

@@ -3,19 +3,18 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Unpack
+from typing import Literal, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from setriton.checks import check_choice, check_size
-from setriton.functional import bn_squeeze_excite, bn_squeeze_excite_forked
 from setriton.modules import SqueezeExcite
 from setriton.reference import accumulate_dtype
 
 from .base import Network, Options
-from .blocks import init_weights, kept_apart
+from .blocks import affine_se, init_weights
 from .bn_inception import ConvBN
 from .preprocessing import Preprocessing
 from .registry import register
@@ -126,26 +125,10 @@ class ScaledResidual(Branches):
         # The convolution's bias is BN's: no pass of its own adds it, and none sums its gradient.
         u = F.conv2d(u, conv.weight)
         dtype = accumulate_dtype(u.dtype)
-        # Made here, not kept: as buffers they would be lost in a network built on the meta device.
-        # Variance 0 and eps 1, not the reverse: a kernel's lanes past the last channel read 0 as the variance. Two
-        # tensors, since Dynamo takes none twice.
-        mean, var = (u.new_zeros(u.shape[1], dtype=dtype) for _ in range(2))
-        weight = u.new_full((u.shape[1],), scale, dtype=dtype)
         # In this dtype, lest the division rounds a weight of lower precision once more.
         w1 = se.fc1.weight if self.se_scaled else se.fc1.weight.to(dtype) / scale
-        arguments = (u, weight, conv.bias.to(dtype) * scale, mean, var)
-        options: dict[str, Any] = {
-            "residual": shortcut,
-            "training": False,
-            "eps": 1.0,
-            "act": se.act,
-            "gate": se.gate,
-            "out_act": self.out_act,
-        }
-        layers = (w1, se.fc1.bias, se.fc2.weight, se.fc2.bias)
-        if not fork:
-            return bn_squeeze_excite(*arguments, *layers, **options)
-        return kept_apart(*bn_squeeze_excite_forked(*arguments, *layers, **options))
+        weight, bias = u.new_full((u.shape[1],), scale, dtype=dtype), conv.bias.to(dtype) * scale
+        return affine_se(se, u, shortcut, weight=weight, bias=bias, w1=w1, out_act=self.out_act, fork=fork)
 
     def extra_repr(self) -> str:
         return f"scale={self.scale}, out_act={self.out_act}"
@@ -167,6 +150,7 @@ class InceptionResNetV2(Network):
         TypeError, ValueError: `repeats` are not three numbers, of at least 1, 1 and 2; and as `Network`.
     """
 
+    # timm's for TF-slim's weights: a crop of 0.8975.
     usual_preprocessing = Preprocessing(299, 333, (0.5,) * 3, (0.5,) * 3, interpolation="bicubic")
 
     def __init__(
@@ -178,7 +162,6 @@ class InceptionResNetV2(Network):
     ) -> None:
         super().__init__(**options)
         # TF-slim's evaluation: 7/8 of the image, values in [-1, 1].
-        self.preprocessing = Preprocessing(299, 342, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
         if isinstance(repeats, str) or not isinstance(repeats, Sequence) or len(repeats) != 3:
             raise ValueError(f"repeats must be three numbers; got {repeats!r}")
         for count in repeats:

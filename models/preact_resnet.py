@@ -6,12 +6,10 @@ from typing import Any, Unpack
 from torch import Tensor, nn
 
 from setriton.checks import check_rate, check_size
-from setriton.functional import bn_squeeze_excite, bn_squeeze_excite_forked
 from setriton.modules import SqueezeExcite
-from setriton.reference import accumulate_dtype
 
 from .base import Level, Network, Options
-from .blocks import conv1x1, conv3x3, init_weights, kept_apart
+from .blocks import affine_se, conv1x1, conv3x3, init_weights
 from .preprocessing import Preprocessing
 from .registry import register
 from .se import SEBlock, SEOptions
@@ -161,20 +159,11 @@ class PreActResNet(Network):
 
 
 def _se_add(se: SEBlock | None, x: Tensor, shortcut: Tensor, fork: bool) -> Forked:
-    """``se(x) + shortcut``, twice with `fork`: the fused tail whose BN changes nothing."""
+    """``se(x) + shortcut``, twice with `fork`."""
     if not isinstance(se, SqueezeExcite):
         y = shortcut + (x if se is None else se(x))
         return (y, None) if fork else y
-    dtype = accumulate_dtype(x.dtype)
-    # Made here, not kept: as buffers they would be lost in a network built on the meta device.
-    # Variance 0 and eps 1, not the reverse: a kernel's lanes past the last channel read 0 as the variance. Two tensors,
-    # since Dynamo takes none twice.
-    mean, var = (x.new_zeros(x.shape[1], dtype=dtype) for _ in range(2))
-    arguments = (x, None, None, mean, var, se.fc1.weight, se.fc1.bias, se.fc2.weight, se.fc2.bias)
-    options: dict[str, Any] = {"residual": shortcut, "training": False, "eps": 1.0, "act": se.act, "gate": se.gate}
-    if fork:
-        return kept_apart(*bn_squeeze_excite_forked(*arguments, **options))
-    return bn_squeeze_excite(*arguments, **options)
+    return affine_se(se, x, shortcut, fork=fork)
 
 
 # Networks without bottlenecks do not have the choice of where their stride is.

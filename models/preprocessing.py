@@ -1,5 +1,6 @@
 """What a network wants its images to be: a property of its weights, not of its layers."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,5 +42,7 @@ class Preprocessing:
         object.__setattr__(self, "std", tuple(self.std))
         if len(self.mean) != len(self.std) or not all(value > 0 for value in self.std):
             raise ValueError(f"std must have a positive value for each of mean; got {self.mean} and {self.std}")
+        if not all(map(math.isfinite, self.mean)):
+            raise ValueError(f"mean must be finite; got {self.mean}")
         if self.resize < self.image_size:
             raise ValueError(f"resize must be at least image_size, {self.image_size}; got {self.resize}")

@@ -1,5 +1,7 @@
 """How the SE blocks of a network are made: fused, or from stock layers for comparison and for ablations."""
 
+import functools
+import logging
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -9,6 +11,8 @@ from torch import Tensor, nn
 
 from setriton.checks import check_choice, check_size
 from setriton.modules import SqueezeExcite, bn_se_forward
+
+_log = logging.getLogger("setriton")
 
 SQUEEZES = {"avg": lambda x: x.mean((2, 3), keepdim=True), "max": lambda x: x.amax((2, 3), keepdim=True), "none": None}
 GATES = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu}
@@ -99,8 +103,20 @@ class SEOptions:
         """An SE block for C channels."""
         hidden = self.hidden(channels)
         if self.is_stock:
+            if self.fused:
+                _report_stock(self.squeeze, self.gate)
             return StockSqueezeExcite(channels, hidden, self.se_bias, self.squeeze, self.gate)
         return SqueezeExcite(channels, rd_channels=hidden, bias=self.se_bias)
+
+
+@functools.cache
+def _report_stock(squeeze: str, gate: str) -> None:
+    """Once for each kind of block."""
+    _log.warning(
+        "SE blocks with squeeze=%s and gate=%s are made of PyTorch's own operators: fused ones have avg and sigmoid",
+        squeeze,
+        gate,
+    )
 
 
 def bn_se(

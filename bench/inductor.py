@@ -195,6 +195,7 @@ def _generate(module: nn.Module, maps: Sequence[Tensor], training: bool, rewritt
 
     def stop(graph: GraphLowering) -> None:
         graph.codegen()
+        _tell_strides(graph)
         found["backward" if graph.is_backward else "forward"] = _count(graph, maps[0].nbytes)
         raise _Stop
 
@@ -228,6 +229,16 @@ def _generate(module: nn.Module, maps: Sequence[Tensor], training: bool, rewritt
     ):
         torch.compile(call, backend=backend, fullgraph=True, dynamic=False)(*maps)
     return found
+
+
+def _tell_strides(graph: Any) -> None:
+    """What loading the code would have told of its outputs: the backward graph gets what is saved as it lies in memory."""
+    context = torch._guards.TracingContext.try_get()
+    if context is not None and context.output_strides is not None:
+        context.output_strides += [
+            tuple(map(int, output.get_stride())) if output.has_tensor_output() else None
+            for output in graph.graph_outputs
+        ]
 
 
 def _count(graph: Any, map_bytes: int) -> GeneratedCode:

@@ -232,7 +232,7 @@ def _generate(module: nn.Module, maps: Sequence[Tensor], training: bool, rewritt
 
 
 def _tell_strides(graph: Any) -> None:
-    """What loading the code would have told of its outputs: the backward graph gets what is saved as it lies in memory."""
+    """What loading the code tells of its outputs: the backward graph gets what is saved as it lies in memory."""
     context = torch._guards.TracingContext.try_get()
     if context is not None and context.output_strides is not None:
         context.output_strides += [

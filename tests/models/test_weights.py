@@ -243,7 +243,8 @@ def test_only_the_networks_default_drops_out() -> None:
 
 def test_another_classifier_and_other_channels() -> None:
     theirs = randomized(timm.create_model("seresnet18"))
-    model = create_model("se_resnet18", layout="torch", rd_divisor=8, num_classes=7, in_chans=1, dtype=torch.float64)
+    options: dict[str, Any] = {"layout": "torch", "rd_divisor": 8, "num_classes": 7, "in_chans": 1}
+    model: Any = create_model("se_resnet18", dtype=torch.float64, **options)
     kept = model.fc.weight.clone()
     report = load_weights(model, theirs.state_dict(), "timm")
     assert "fc: as it was; the weights have 1,000 classes, the network 7" in str(report)

@@ -97,6 +97,8 @@ class Network(nn.Module):
         pool = self.global_pool if global_pool is None else global_pool
         _check_head(num_classes, pool)
         self.num_classes, self.global_pool = num_classes, pool
+        if self.config:
+            self.config |= {"num_classes": num_classes, "global_pool": pool}
         width = self.head_hidden_size * (2 if pool == "catavgmax" else 1)
         where = next(self.parameters())
         like: dict[str, Any] = {"device": where.device, "dtype": where.dtype}

@@ -12,8 +12,12 @@ from .files import read_weights, unwrapped
 from .fit import BACKGROUND_TOO, LoadReport, Weights, fit, se_options
 from .sources import recognise
 
-# Options of a saved network that change neither its parameters' meaning nor its outputs in evaluation.
-FREE = ("num_classes", "in_chans", "global_pool", "drop_rate", "drop_path_rate", "zero_init_last", "fused")
+# Options in which a network may differ from the one that was saved: head and input are adapted, dilation is meant for
+# weights that were trained without, and the others change nothing in evaluation.
+FREE = (
+    *("num_classes", "in_chans", "global_pool", "output_stride"),
+    *("drop_rate", "drop_path_rate", "conv_drop_rate", "zero_init_last", "fused"),
+)
 
 
 def open_weights(weights: str | Path | Mapping[str, Any], source: str = "auto") -> Weights:
@@ -64,7 +68,8 @@ def load_weights(
         weights: a file (safetensors, a PyTorch checkpoint, .caffemodel, .npz of Caffe's blobs, or what setriton wrote),
             or a state dict.
         source: where they come from: auto, by their keys; or caffe (the authors), legacy (timm's legacy_*, Cadene),
-            timm (also torchvision), nvidia, moskomule, mmpretrain, ...
+            timm (also torchvision), cadene, nvidia, moskomule, mmpretrain; or setriton, a state dict of the same
+            options, which are not checked.
         allow: options in which the network may differ from what the weights need, such as "drop_rate".
 
     Returns:

@@ -235,6 +235,8 @@ SOURCES = (
         (r"conv1\.(0\.)?weight", r"layer1\.0\.conv1\.weight"),
         needs=_TORCH,
     ),
+    # Last: ResNets' keys are timm's, and files of setriton say more than their keys.
+    Source("setriton", "setriton", (r"fc\.weight|layer1\..*|stage3\..*|conv2d_1a\..*",)),
 )
 
 

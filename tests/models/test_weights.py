@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from setriton import create_model, load_weights
 from setriton.models.preprocessing import Preprocessing
+from setriton.models.saved import Header, save
 
 State = dict[str, Tensor]
 
@@ -325,6 +326,32 @@ def test_cadenes_inception_resnet_v2_has_a_class_for_the_background() -> None:
     assert (model.preprocessing.image_size, model.preprocessing.mean) == (299, (0.5, 0.5, 0.5))
     whole = create_model("inception_resnet_v2", num_classes=1001, weights=state)
     assert whole.fc.out_features == 1001
+
+
+@pytest.mark.parametrize(("name", "source"), [("se_resnet20", "setriton"), ("se_bn_inception", "auto")])
+def test_a_state_dict_of_ours(name: str, source: str) -> None:
+    theirs, ours = (create_model(name, num_classes=10) for _ in range(2))
+    load_weights(ours, theirs.state_dict(), source)
+    assert all(torch.equal(value, theirs.state_dict()[key]) for key, value in ours.state_dict().items())
+
+
+def test_dilation_is_no_other_network() -> None:
+    weights = timm.create_model("seresnet50").state_dict()
+    model = create_model("se_resnet50", weights=weights, output_stride=8)
+    assert model.feature_info[-1]["reduction"] == 8
+
+
+def test_a_new_classifier_is_part_of_what_is_saved(tmp_path: Path) -> None:
+    model = create_model("se_resnet20")
+    model.reset_classifier(7)
+    path = tmp_path / "a.safetensors"
+    options = {key: value for key, value in model.config.items() if key != "name"}
+    save(path, model.state_dict(), Header("se_resnet20", options, model.preprocessing, "nowhere"))
+    assert create_model("se_resnet20", weights=path).fc.out_features == 7
+    with pytest.raises(ValueError, match="weights must be those of se_resnet32; these are of se_resnet20"):
+        create_model("se_resnet32", weights=path)
+    with pytest.raises(ValueError, match=r"need gate='sigmoid'; the network has gate='tanh'"):
+        create_model("se_resnet20", weights=path, gate="tanh")
 
 
 def test_weights_bring_their_preprocessing() -> None:

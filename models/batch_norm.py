@@ -20,7 +20,8 @@ def freeze_bn(model: nn.Module) -> int:
 
     Gradients that scale and shift have from before are dropped, lest an optimizer goes on with them. Freeze after
     `nn.SyncBatchNorm.convert_sync_batchnorm`, which makes new layers, and before DistributedDataParallel, which waits
-    for the gradients it has seen parameters require.
+    for the gradients that parameters required when it was made. `fully_shard` may stand before or after, and a
+    compiled network is compiled again.
 
     Args:
         model: a network; `nn.BatchNorm1d` to `3d`, `nn.SyncBatchNorm` and classes derived from them are frozen.

@@ -15,6 +15,9 @@ from setriton.reference import accumulate_dtype
 from .se import ACTS, SEOptions, bn_se
 from .stages import Forked
 
+torch.fx.wrap("bn_squeeze_excite")
+torch.fx.wrap("bn_squeeze_excite_forked")
+
 POSITIONS = ("standard", "pre", "post", "identity", "3x3")
 STAGES = (2, 3, 4, 5)
 
@@ -46,8 +49,9 @@ class BlockSEOptions(SEOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("se_position", self.se_position, POSITIONS)
-        if not isinstance(self.se_stages, Collection) or not all(stage in STAGES for stage in self.se_stages):
-            raise ValueError(f"se_stages must be some of {STAGES}; got {self.se_stages!r}")
+        stages = self.se_stages
+        if not isinstance(stages, Collection) or not stages or not all(stage in STAGES for stage in stages):
+            raise ValueError(f"se_stages must be some of {STAGES}; got {stages!r}")
 
 
 class DropPath(nn.Module):
@@ -113,9 +117,11 @@ def affine_se(
     mean, var = (x.new_zeros(x.shape[1], dtype=accumulate_dtype(x.dtype)) for _ in range(2))
     layers = (se.fc1.weight if w1 is None else w1, se.fc1.bias, se.fc2.weight, se.fc2.bias)
     options: dict[str, Any] = {"residual": shortcut, "training": False, "eps": 1.0, "act": se.act, "gate": se.gate}
-    function = bn_squeeze_excite_forked if fork else bn_squeeze_excite
-    y = function(x, weight, bias, mean, var, *layers, **options, out_act=out_act)
-    return kept_apart(*y) if isinstance(y, tuple) else y
+    tensors = (x, weight, bias, mean, var, *layers)
+    if not fork:
+        return bn_squeeze_excite(*tensors, **options, out_act=out_act)
+    y, y_skip = bn_squeeze_excite_forked(*tensors, **options, out_act=out_act)
+    return kept_apart(y, y_skip)
 
 
 class ResidualBlock(nn.Module):
@@ -181,9 +187,8 @@ class ResidualBlock(nn.Module):
         elif self.training and self.drop_path.rate > 0:
             y = self.relu(self.drop_path(bn_se(self.last_bn, se, y, bn_act=self.bn_act)) + shortcut)
         elif fork and isinstance(se, SqueezeExcite):
-            return kept_apart(
-                *bn_se_forward(self.last_bn, se, y, shortcut, bn_act=self.bn_act, out_act="relu", fork=True)
-            )
+            y, y_skip = bn_se_forward(self.last_bn, se, y, shortcut, bn_act=self.bn_act, out_act="relu", fork=True)
+            return kept_apart(y, y_skip)
         else:
             y = bn_se(self.last_bn, se, y, shortcut, bn_act=self.bn_act, out_act="relu")
         return (y, None) if fork else y

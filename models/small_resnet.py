@@ -53,6 +53,8 @@ class SmallResNet(Network):
         super().__init__(**options)
         if depth < 8 or depth % 6 != 2:
             raise ValueError(f"depth must be 6n + 2, such as 20 or 56; got {depth}")
+        if se is not None and not set(se.se_stages) & {2, 3, 4}:
+            raise ValueError(f"se_stages must have some of the stages 2, 3 and 4 that there are; got {se.se_stages!r}")
         self.conv1 = conv3x3(self.in_chans, 16)
         self.bn1 = nn.BatchNorm2d(16)
         self.relu = nn.ReLU(inplace=True)

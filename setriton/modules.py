@@ -13,6 +13,11 @@ from .reference import ACTS, BN_ACTS, GATES, OUT_ACTS
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+# Symbolic tracing sees one call where these stand, and not the checks of arguments inside.
+torch.fx.wrap("squeeze_excite")
+torch.fx.wrap("bn_squeeze_excite")
+torch.fx.wrap("bn_squeeze_excite_forked")
+
 # Classes of torch and timm by name: timm has its own of some, such as Sigmoid and HardSigmoid.
 _ACT_CLASSES = {"ReLU": "relu", "SiLU": "silu", "Swish": "silu", "GELU": "gelu", "Identity": "identity"}
 _GATE_CLASSES = {"Sigmoid": "sigmoid", "Hardsigmoid": "hardsigmoid", "HardSigmoid": "hardsigmoid"}

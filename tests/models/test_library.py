@@ -215,6 +215,8 @@ def test_copies_compute_the_same(how: str) -> None:
         (lambda: create("se_resnet20", se_position="mid"), ValueError, "se_position must be one of standard"),
         (lambda: create("se_resnet20", se_position="3x3"), ValueError, "se_position must not be 3x3 in basic"),
         (lambda: create("se_resnet20", se_stages=(1,)), ValueError, r"se_stages must be some of \(2, 3, 4, 5\)"),
+        (lambda: create("se_resnet20", se_stages=()), ValueError, r"se_stages must be some of .*; got \(\)"),
+        (lambda: create("se_resnet20", se_stages=(5,)), ValueError, "some of the stages 2, 3 and 4 that there are"),
         (lambda: create("se_resnet20", se_stages="234"), ValueError, "se_stages must be some of"),
         (lambda: create("se_resnet20", se_stages=3), ValueError, "se_stages must be some of"),
         (lambda: names(3), TypeError, "pattern must be a string or several; got int"),

@@ -158,3 +158,13 @@ def test_blocks_and_stages_alone_take_and_give_one_map(name: str) -> None:
         assert y.shape == (2, 32, 4, 4)
         assert torch.equal(module(x), y)
         assert y_skip is None if name == "resnet20" else torch.equal(y_skip, y)
+
+
+@pytest.mark.parametrize("name", ["se_resnet20", "se_mobilenet"])
+def test_symbolic_tracing_sees_a_fused_tail_as_one_call(name: str) -> None:
+    model = create_model(name, num_classes=10).eval()
+    traced = torch.fx.symbolic_trace(model)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(traced(x), model(x))
+    calls = [node for node in traced.graph.nodes if "squeeze_excite" in str(node.target)]
+    assert len(calls) == sum(isinstance(module, SqueezeExcite) for module in model.modules())

@@ -12,8 +12,9 @@ from pathlib import Path
 import tyro
 from torch import Tensor
 
+from setriton import files
 from setriton.recipes import RECIPES
-from setriton.train import checkpoint, files, train
+from setriton.train import checkpoint, train
 from setriton.train.distributed import leave
 from setriton.train.trainer import Trainer
 

@@ -35,13 +35,29 @@ def save(path: Path, tensors: Mapping[str, Tensor], header: Header) -> None:
         TypeError: an option that JSON cannot hold.
         OSError: the file cannot be written.
     """
+    # One entry: safetensors writes several in any order, and equal networks should be equal files.
+    write_tensors(path, tensors, {_KEY: json.dumps(asdict(header))})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file that is whole or not there.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    # One entry: safetensors writes several in any order, and equal networks should be equal files.
-    metadata = {_KEY: json.dumps(asdict(header))}
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
     temporary = path.with_name(path.name + ".tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(temporary), metadata=metadata)
-    publish(temporary, path)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(temporary), metadata=metadata)
+        publish(temporary, path)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], Header | None]:

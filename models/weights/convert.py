@@ -11,7 +11,7 @@ from setriton.modules import SqueezeExcite
 
 from ..base import Network
 from ..registry import create_model, list_models
-from ..saved import Header, save
+from ..saved import Header, save, write_tensors
 from ..se import SEOptions, StockSqueezeExcite
 from .fit import LoadReport, Weights
 from .load import FREE, load_opened, open_weights, options_for
@@ -66,6 +66,7 @@ def convert(
 
     Raises:
         ValueError: the weights fit no network, or timm has none that computes what they need.
+        OSError: `out` cannot be written.
     """
     check_choice("to", to, FORMATS)
     opened = open_weights(path)
@@ -74,16 +75,10 @@ def convert(
     report = load_opened(network, opened)
     if to == "setriton":
         options = {key: value for key, value in network.config.items() if key != "name"}
-        save(out, network.state_dict(), Header(name, options, network.preprocessing, report.title))
+        save(out, network.state_dict(), Header(name, options, network.preprocessing, opened.origin or report.title))
         return name, report
     theirs, tensors = to_timm(network)
-    from safetensors.torch import save_file
-
-    from setriton.files import publish
-
-    temporary = out.with_name(out.name + ".tmp")
-    save_file(tensors, str(temporary), metadata={"format": "pt"})
-    publish(temporary, out)
+    write_tensors(out, tensors, {"format": "pt"})
     return theirs, report
 
 

@@ -68,14 +68,16 @@ def unwrapped(content: object, where: str) -> State:
 def _read_pickle(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0][:200]
+    except Exception as error:  # of any type: what is no checkpoint may be anything
+        # What the unpickler found, without the advice that torch wraps it in.
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().splitlines()
+        detail = reason[0][:200] if reason else type(error).__name__
+        if not isinstance(error, pickle.UnpicklingError) or "Unsupported global" not in detail:
+            raise ValueError(f"{path} cannot be read as a PyTorch checkpoint: {detail}") from None
         raise ValueError(
-            f"{path} is refused: it holds more than tensors, and such a pickle can run any code ({reason}). Write the "
+            f"{path} is refused: it holds more than tensors, and such a pickle can run any code ({detail}). Write the "
             "state dict alone where you trust the file: torch.save(model.state_dict(), path), or as safetensors"
         ) from None
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as a PyTorch checkpoint: {str(error).splitlines()[0]}") from None
 
 
 def _read_npz(path: Path) -> State:

@@ -43,6 +43,8 @@ class Weights:
     """The network's name, where the file says it."""
     options: dict[str, Any] | None = None
     """All options the network was built with, where the file says them."""
+    origin: str | None = None
+    """The images it was trained with, or where its weights are from, where the file says it."""
 
 
 def fit(model: Network, weights: Weights) -> LoadReport:

@@ -33,7 +33,8 @@ def open_weights(weights: str | Path | Mapping[str, Any], source: str = "auto") 
         options = entry(header.model).options() | header.options
         needs = {name: value for name, value in options.items() if name not in FREE}
         title = f"setriton {header.model}"
-        return Weights(state, title, needs, header.preprocessing, False, header.model, header.options)
+        of_file = (header.preprocessing, False, header.model, header.options, header.origin)
+        return Weights(state, title, needs, *of_file)
     known = recognise(state, source)
     state = known.translate(state)
     needs = known.network_needs(state)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from setriton import create_model
 from setriton.cli import main
-from setriton.models.saved import load
+from setriton.models.saved import Header, load, save
 from setriton.models.weights.convert import convert
 
 
@@ -73,6 +73,18 @@ def test_a_converted_caffemodel_says_all_that_is_needed(tmp_path: Path, capsys: 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["SE-BN-Inception.caffemodel", "out.safetensors"]
 
 
+def test_what_was_trained_keeps_its_origin_and_a_missing_folder_is_told(tmp_path: Path) -> None:
+    model = create_model("se_resnet20", num_classes=10)
+    path = tmp_path / "a.safetensors"
+    save(path, model.state_dict(), Header("se_resnet20", {"num_classes": 10}, model.preprocessing, "digits"))
+    convert(path, tmp_path / "b.safetensors")
+    _, header = load(tmp_path / "b.safetensors")
+    assert header is not None
+    assert (header.model, header.origin, header.preprocessing) == ("se_resnet20", "digits", model.preprocessing)
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*missing"):
+        convert(path, tmp_path / "missing" / "c.safetensors")
+
+
 def test_caffe_weights_as_timms_legacy(tmp_path: Path) -> None:
     net = CaffeNet()
     se_resnet((3, 4, 6, 3), 64, 1)(net, torch.randn(1, 3, 32, 32, dtype=torch.float64))
@@ -95,8 +107,6 @@ def test_caffe_weights_as_timms_legacy(tmp_path: Path) -> None:
     ],
 )
 def test_what_timm_has_not_is_refused(tmp_path: Path, name: str, options: dict[str, Any], message: str) -> None:
-    from setriton.models.saved import Header, save
-
     model = create_model(name, **options)
     save(tmp_path / "a.safetensors", model.state_dict(), Header(name, options, model.preprocessing, "nothing"))
     with pytest.raises(ValueError, match=message):

@@ -303,6 +303,11 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path, monkeypatch: 
         (lambda p: load_weights(create_model("resnet20"), p / "no.pth"), FileNotFoundError, "no file .*no.pth"),
         (lambda p: load_weights(create_model("resnet20"), {"a": torch.ones(1)}, "keras"), ValueError, "auto or one of"),
         (lambda p: create_model("resnet50", weights=p / "cut.pth"), ValueError, "cut.pth"),
+        (
+            lambda p: create_model("resnet50", weights=p / "text.pth"),
+            ValueError,
+            r"text\.pth cannot be read as a PyTorch checkpoint",
+        ),
         (lambda p: create_model("resnet50", weights=p / "cut.safetensors"), ValueError, "not a safetensors file"),
         (lambda p: create_model("se_resnet20", weights="timm"), ValueError, "timm publishes weights of"),
         (lambda p: create_model("se_resnet152", weights="timm", layout="torch"), ValueError, "in layout 'torch'"),
@@ -310,6 +315,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path, monkeypatch: 
 )
 def test_wrong_arguments(tmp_path: Path, call: Any, error: type[Exception], message: str) -> None:
     (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04")
+    (tmp_path / "text.pth").write_text("epoch 1: loss 2\n")
     (tmp_path / "cut.safetensors").write_bytes(b"\x01")
     with pytest.raises(error, match=message):
         call(tmp_path)

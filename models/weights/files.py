@@ -75,7 +75,7 @@ def _read_pickle(path: Path) -> Any:
         if not isinstance(error, pickle.UnpicklingError) or "Unsupported global" not in detail:
             raise ValueError(f"{path} cannot be read as a PyTorch checkpoint: {detail}") from None
         raise ValueError(
-            f"{path} is refused: it holds more than tensors, and such a pickle can run any code ({detail}). Write the "
+            f"{path} is refused: it holds more than tensors, and such a pickle can run any code ({detail.partition('. ')[0]}). Write the "
             "state dict alone where you trust the file: torch.save(model.state_dict(), path), or as safetensors"
         ) from None
 

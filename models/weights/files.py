@@ -74,8 +74,9 @@ def _read_pickle(path: Path) -> Any:
         detail = reason[0][:200] if reason else type(error).__name__
         if not isinstance(error, pickle.UnpicklingError) or "Unsupported global" not in detail:
             raise ValueError(f"{path} cannot be read as a PyTorch checkpoint: {detail}") from None
+        found = detail.partition(". ")[0]
         raise ValueError(
-            f"{path} is refused: it holds more than tensors, and such a pickle can run any code ({detail.partition('. ')[0]}). Write the "
+            f"{path} is refused: it holds more than tensors, and such a pickle can run any code ({found}). Write the "
             "state dict alone where you trust the file: torch.save(model.state_dict(), path), or as safetensors"
         ) from None
 

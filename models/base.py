@@ -209,10 +209,6 @@ class Network(nn.Module):
             if isinstance(module, Stage):
                 module.grad_checkpointing = enable
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay leaves alone beyond vectors; timm's optimizers ask."""
-        return set()
-
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
         """The function from a parameter's name to the number of its group of `layer_groups`; timm's optimizers ask."""
         numbers = {name: number for number, names in enumerate(self.layer_groups(coarse)) for name in names}

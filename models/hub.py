@@ -47,15 +47,10 @@ class HubNetwork(
         return self.network(x)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        options = dict(self.network.config)
-        name = options.pop("name")
-        save(
-            save_directory / FILE,
-            self.network.state_dict(),
-            Header(name, options, self.network.preprocessing, f"setriton {name}"),
-        )
+        header = Header.of(self.network, f"setriton {self.network.config['name']}")
+        save(save_directory / FILE, self.network.state_dict(), header)
         # For people and for the hub, which counts its downloads; what is loaded is the other file's header.
-        config = {"model": name, "options": options, "preprocessing": asdict(self.network.preprocessing)}
+        config = {key: value for key, value in asdict(header).items() if key != "origin"}
         (save_directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod

@@ -161,7 +161,6 @@ class InceptionResNetV2(Network):
         **options: Unpack[Options],
     ) -> None:
         super().__init__(**options)
-        # TF-slim's evaluation: 7/8 of the image, values in [-1, 1].
         if isinstance(repeats, str) or not isinstance(repeats, Sequence) or len(repeats) != 3:
             raise ValueError(f"repeats must be three numbers; got {repeats!r}")
         for count in repeats:

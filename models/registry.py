@@ -5,7 +5,7 @@ import fnmatch
 import inspect
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -20,7 +20,7 @@ from .se import SEOptions
 class Entry:
     """What is known of a network by its name."""
 
-    builder: Callable[..., Network]
+    builder: type[Network]
     se: type[SEOptions] | None
     fixed: dict[str, Any]
     """What the name says: arguments that are no options."""
@@ -39,11 +39,13 @@ class Entry:
         return common | keywords | of_se | self.defaults
 
     def build(self, options: dict[str, Any]) -> Network:
+        """The network with these options, the others at their defaults."""
         options = self.defaults | options
         if self.se is None:
             return self.builder(**self.fixed, **options)
         of_se = {field.name: options.pop(field.name) for field in fields(self.se) if field.name in options}
-        return self.builder(**self.fixed, se=self.se(**of_se), **options)
+        options["se"] = self.se(**of_se)
+        return self.builder(**self.fixed, **options)
 
 
 _ENTRIES: dict[str, Entry] = {}
@@ -52,7 +54,7 @@ _log = logging.getLogger("setriton")
 
 def register(
     name: str,
-    builder: Callable[..., Network],
+    builder: type[Network],
     se: type[SEOptions] | None = None,
     *,
     fixed: dict[str, Any],
@@ -151,9 +153,10 @@ def create_model(
         OSError: weights cannot be downloaded; the message says what to download elsewhere.
     """
     known = entry(name)
+    taken = known.options()
     for option in options:
-        if option not in known.options():
-            raise TypeError(f"{name} takes no option {option!r}; it takes {', '.join(known.options())}")
+        if option not in taken:
+            raise TypeError(f"{name} takes no option {option!r}; it takes {', '.join(taken)}")
     if out_indices is not None and not features_only:
         raise ValueError("out_indices must be given with features_only=True")
     opened = None

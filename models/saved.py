@@ -4,12 +4,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
 from setriton.files import publish
 
+from .base import Network
 from .preprocessing import Preprocessing
 
 _KEY = "setriton"
@@ -26,6 +27,13 @@ class Header:
     preprocessing: Preprocessing
     origin: str
     """The images it was trained with, or where its weights are from."""
+
+    @classmethod
+    def of(cls, network: Network, origin: str) -> Self:
+        """The header of a network that `create_model` built."""
+        options = dict(network.config)
+        name = options.pop("name")
+        return cls(name, options, network.preprocessing, origin)
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], header: Header) -> None:

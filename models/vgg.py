@@ -14,7 +14,7 @@ from .se import SEOptions, bn_se
 from .stages import Stage
 
 # Convolutions and their channels between the max pools: configuration D of Table 1.
-_STAGES = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
+STAGES = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
 # Side of the map that the hidden layers read: 224 / 32.
 _HEAD_SIDE = 7
 
@@ -66,7 +66,7 @@ class VGG(Network):
         levels: list[Level] = []
         trunk: list[str] = []
         in_chans = self.in_chans
-        for stage, (depth, width) in enumerate(_STAGES, start=1):
+        for stage, (depth, width) in enumerate(STAGES, start=1):
             blocks = []
             for _ in range(depth):
                 blocks.append(VGGBlock(in_chans, width, se))

@@ -7,12 +7,11 @@ from typing import Literal
 from torch import Tensor
 
 from setriton.checks import check_choice
-from setriton.modules import SqueezeExcite
 
 from ..base import Network
 from ..registry import create_model, list_models
 from ..saved import Header, save, write_tensors
-from ..se import SEOptions, StockSqueezeExcite
+from ..se import SEBlock, SEOptions
 from .fit import LoadReport, Weights
 from .load import FREE, load_opened, open_weights, options_for
 
@@ -74,8 +73,7 @@ def convert(
     network = create_model(name, **options_for(name, opened), device="meta")
     report = load_opened(network, opened)
     if to == "setriton":
-        options = {key: value for key, value in network.config.items() if key != "name"}
-        save(out, network.state_dict(), Header(name, options, network.preprocessing, opened.origin or report.title))
+        save(out, network.state_dict(), Header.of(network, opened.origin or report.title))
         return name, report
     theirs, tensors = to_timm(network)
     write_tensors(out, tensors, {"format": "pt"})
@@ -123,7 +121,7 @@ def to_timm(network: Network) -> tuple[str, dict[str, Tensor]]:
         raise ValueError(f"timm has no {theirs} with {', '.join(f'{option}={config[option]!r}' for option in other)}")
     divisor = 1 if network.layout == "caffe" else 8
     for module in network.modules():
-        if isinstance(module, SqueezeExcite | StockSqueezeExcite):
+        if isinstance(module, SEBlock):
             hidden, channels = module.fc1.weight.shape[:2]
             usual = SEOptions(rd_divisor=divisor).hidden(channels)
             if hidden != usual:

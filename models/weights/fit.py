@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from ..base import Network
 from ..preprocessing import Preprocessing
-
-State = dict[str, Tensor]
+from .files import State
 
 # Classes of TensorFlow's ImageNet networks: class 0 is the background.
 BACKGROUND_TOO = 1001

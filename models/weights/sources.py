@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor
-
+from .. import bn_inception, vgg
+from ..inception_resnet_v2 import InceptionResNetV2
 from ..preprocessing import Preprocessing
 from . import caffe
+from .files import State
 
-State = dict[str, Tensor]
 Rename = tuple[str, str | Callable[[re.Match[str]], str]]
 
 
@@ -76,22 +76,22 @@ _SENET154_STEM = (
 )
 _STEM = ((r"^layer0\.", ""),)
 _LEGACY = ((r"\.se_module\.", ".se."), (r"^last_linear\.", "fc."))
-_INCEPTION_STAGES = {"3a": 3, "3b": 3, "3c": 4, "4a": 4, "4b": 4, "4c": 4, "4d": 4, "4e": 5, "5a": 5, "5b": 5}
+_STAGE_OF = {module: stage for stage, modules in bn_inception.STAGES.items() for module in modules}
 
 
 def _inception_layer(match: re.Match[str]) -> str:
     """Cadene's name of a module's convolution, or of the BN behind it, as ours."""
     module, layer, is_bn = match.groups()
-    return f"stage{_INCEPTION_STAGES[module]}.inception_{module}.conv_{layer}.{'bn' if is_bn else 'conv'}."
+    return f"{_STAGE_OF[module]}.{module}.conv_{layer}.{'bn' if is_bn else 'conv'}."
 
 
 def _inception_se(match: re.Match[str]) -> str:
-    return f"stage{_INCEPTION_STAGES[match[1]]}.inception_{match[1]}.se.{'fc1' if match[2] == 'down' else 'fc2'}."
+    return f"{_STAGE_OF[match[1]]}.{match[1]}.se.{'fc1' if match[2] == 'down' else 'fc2'}."
 
 
 # Cadene's names are Caffe's with underscores, and numbers where Caffe has letters.
 _BN_INCEPTION: tuple[Rename, ...] = (
-    (r"^inception_(\w\w)_1x1_(down|up)\.", _inception_se),
+    (r"^(inception_\w\w)_1x1_(down|up)\.", _inception_se),
     (r"^(conv1_7x7_s2|conv2_3x3\w*|inception_\w+?)/bn\.", r"\1_bn."),
     (r"_double3x3_reduce", "_double_3x3_reduce"),
     (r"_double3x3a", "_double_3x3_1"),
@@ -100,16 +100,15 @@ _BN_INCEPTION: tuple[Rename, ...] = (
     (r"^conv1_7x7_s2\.", "conv1.conv."),
     (r"^conv2_3x3(_reduce)?_bn\.", r"conv2\1.bn."),
     (r"^conv2_3x3(_reduce)?\.", r"conv2\1.conv."),
-    (r"^inception_(\w\w)_(\w+?)(_bn)?\.", _inception_layer),
+    (r"^(inception_\w\w)_(\w+?)(_bn)?\.", _inception_layer),
     (r"^(last_linear|classifier)\.", "fc."),
 )
-_VGG16_STAGES = (2, 2, 3, 3, 3)
 
 
 def _vgg_layer(match: re.Match[str]) -> str:
     """Position in VGG-16-BN's list of convolutions, BNs, ReLUs and pools as stage and block."""
     position = int(match[1])
-    for stage, depth in enumerate(_VGG16_STAGES, 1):
+    for stage, (depth, _) in enumerate(vgg.STAGES, start=1):
         if position < 3 * depth:
             return f"layer{stage}.{position // 3}.{('conv', 'bn')[position % 3]}."
         position -= 3 * depth + 1
@@ -121,62 +120,52 @@ def _flat_vgg_head(state: State) -> State:
     return {key: value.flatten(1) if value.dim() == 4 and "fc" in key else value for key, value in state.items()}
 
 
+_OF_CAFFE = Source(
+    "caffe",
+    "the authors' Caffe models",
+    (r"classifier:0", r"conv\d.*:0"),
+    caffe.RENAMES,
+    _CAFFE,
+    published_dropout=True,
+    preprocessing=caffe.PREPROCESSING,
+    prepare=caffe.to_state_dict,
+)
+_OF_LEGACY = Source(
+    "legacy",
+    "timm legacy_* or Cadene",
+    (r"layer0\.conv1\.weight", r"last_linear\.weight"),
+    _STEM + _LEGACY,
+    _CAFFE,
+    published_dropout=True,
+    preprocessing=Preprocessing(),
+)
+
 # In this order: what stands first is the more special.
 SOURCES = (
-    Source(
-        "caffe",
-        "the authors' Caffe models",
-        (r"inception_3a/1x1:0",),
-        ((r"^(conv\d|inception_\w\w)/(?!bn)", r"\1_"), *_BN_INCEPTION),
-        published_dropout=True,
-        preprocessing=caffe.PREPROCESSING,
-        prepare=caffe.to_state_dict,
+    replace(
+        _OF_CAFFE,
+        marks=(r"inception_3a/1x1:0",),
+        renames=((r"^(conv\d|inception_\w\w)/(?!bn)", r"\1_"), *_BN_INCEPTION),
+        needs={},
     ),
-    Source(
-        "caffe",
-        "the authors' Caffe models",
-        (r"classifier:0", r"conv\d.*:0"),
-        caffe.RENAMES,
-        _CAFFE,
-        published_dropout=True,
-        preprocessing=caffe.PREPROCESSING,
-        prepare=caffe.to_state_dict,
+    _OF_CAFFE,
+    replace(
+        _OF_LEGACY,
+        title="timm legacy_* or Cadene (SENet-154)",
+        marks=(r"layer0\.conv3\.weight", r"last_linear\.weight"),
+        renames=_SENET154_STEM + _LEGACY,
     ),
-    Source(
-        "legacy",
-        "timm legacy_* or Cadene (SENet-154)",
-        (r"layer0\.conv3\.weight", r"last_linear\.weight"),
-        _SENET154_STEM + _LEGACY,
-        _CAFFE,
-        published_dropout=True,
-        preprocessing=Preprocessing(),
-    ),
-    Source(
-        "legacy",
-        "timm legacy_* or Cadene",
-        (r"layer0\.conv1\.weight", r"last_linear\.weight"),
-        _STEM + _LEGACY,
-        _CAFFE,
-        published_dropout=True,
-        preprocessing=Preprocessing(),
-    ),
+    _OF_LEGACY,
     Source(
         "nvidia",
         "NVIDIA DeepLearningExamples",
-        (r"layers?\.?\d\.0\.squeeze\.squeeze\.weight",),
+        # The second is of the file on NGC, the first of the code, of networks without SE too.
+        (r"layers\.0\.0\.conv1\.weight|layer1\.0\.squeeze\.squeeze\.weight",),
         (
             (r"^layers\.(\d)\.", _next_digit),
             (r"\.squeeze\.squeeze\.", ".se.fc1."),
             (r"\.squeeze\.expand\.", ".se.fc2."),
         ),
-        _TORCH,
-        preprocessing=Preprocessing(),
-    ),
-    Source(
-        "nvidia",
-        "NVIDIA DeepLearningExamples (plain)",
-        (r"layers\.0\.0\.conv1\.weight",),
-        ((r"^layers\.(\d)\.", _next_digit),),
         _TORCH,
         preprocessing=Preprocessing(),
     ),
@@ -214,7 +203,7 @@ SOURCES = (
         "timm or Cadene (Inception-ResNet-v2)",
         (r"conv2d_1a\.conv\.weight", r"(classif|last_linear)\.weight"),
         ((r"^(classif|last_linear)\.", "fc."),),
-        preprocessing=Preprocessing(299, 333, (0.5,) * 3, (0.5,) * 3, interpolation="bicubic"),
+        preprocessing=InceptionResNetV2.usual_preprocessing,
     ),
     Source(
         "timm",

@@ -7,8 +7,9 @@ import pytest
 import timm
 import torch
 from caffe_files import CaffeNet, bn_inception, encode_caffemodel, se_resnet
+from graphs import randomize
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from setriton import create_model
 from setriton.cli import main
@@ -18,10 +19,7 @@ from setriton.models.weights.convert import convert
 
 def timm_file(name: str, path: Path, **options: Any) -> dict[str, Tensor]:
     model = timm.create_model(name, **options)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_mean)
-            nn.init.uniform_(module.weight, 0.5, 1.0)
+    randomize(model)
     torch.save(model.state_dict(), path)
     return model.state_dict()
 

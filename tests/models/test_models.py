@@ -8,22 +8,13 @@ import timm
 import torch
 import torchvision
 from oracle import naive_squeeze_excite
+from same_step import well_conditioned
 from torch import Tensor, nn
 
 from setriton import SqueezeExcite, create_model, list_models
 from setriton.models import blocks
 from setriton.models.published import crop
 from setriton.models.stages import ForkedStage
-
-
-def randomize(model: nn.Module) -> nn.Module:
-    """Random BN affine parameters and statistics: at their initial values they would hide mistakes."""
-    generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
-                nn.init.uniform_(tensor, 0.5, 1.0, generator=generator)  # type: ignore[arg-type]
-    return model.double().eval()
 
 
 def to_torch_keys(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -47,7 +38,7 @@ def to_torch_keys(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     ids=["resnet18", "resnet50", "se_resnet50", "se_resnet152", "se_resnet50 caffe", "se_resnet101 caffe"],
 )
 def test_logits_equal_with_the_same_weights(name: str, theirs: Any, layout: str) -> None:
-    theirs = randomize(theirs())
+    theirs = well_conditioned(theirs())
     x = torch.randn(2, 3, 96, 97, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         want = theirs(x)
@@ -92,7 +83,7 @@ def train_step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", ["se_resnet20", "se_resnet50"])
 def test_fused_tails_equal_their_modules(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    fused = randomize(create_model(name, num_classes=5)).train()
+    fused = well_conditioned(create_model(name, num_classes=5)).train()
     plain = copy.deepcopy(fused)
     x = torch.randn(3, 3, 40, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     steps = [train_step(fused, x) for _ in range(2)]
@@ -111,7 +102,7 @@ def test_fused_tails_equal_their_modules(name: str, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("name", ["resnet20", "se_resnet20"])
 def test_a_network_compiles_to_one_graph(name: str) -> None:
     torch._dynamo.reset()
-    model = randomize(create_model(name)).train()
+    model = well_conditioned(create_model(name)).train()
     twin = copy.deepcopy(model)
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     found, want = train_step(torch.compile(model, fullgraph=True, backend="aot_eager"), x), train_step(twin, x)
@@ -122,7 +113,10 @@ def test_a_network_compiles_to_one_graph(name: str) -> None:
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_export_with_any_batch(training: bool) -> None:
-    model, x = randomize(create_model("se_resnet20")).train(training), torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    model, x = (
+        well_conditioned(create_model("se_resnet20")).train(training),
+        torch.randn(4, 3, 16, 16, dtype=torch.float64),
+    )
     program = torch.export.export(model, (x,), dynamic_shapes={"x": {0: torch.export.Dim("n")}})
     torch.testing.assert_close(program.module()(x[:3]), model(x[:3]), rtol=1e-9, atol=1e-9)
 
@@ -130,7 +124,7 @@ def test_export_with_any_batch(training: bool) -> None:
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
 def test_compiled_blocks_keep_the_gradients_of_a_fork_apart(layout: torch.memory_format) -> None:
     torch._dynamo.reset()
-    stage = randomize(create_model("se_resnet20").get_submodule("layer2")).train()
+    stage = well_conditioned(create_model("se_resnet20").get_submodule("layer2")).train()
     twin = copy.deepcopy(stage)
     for block in stage.children():
         block.compile(fullgraph=True, dynamic=False)

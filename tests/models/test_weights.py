@@ -11,6 +11,7 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
+from same_step import well_conditioned
 from torch import Tensor, nn
 
 from setriton import create_model, load_weights
@@ -18,16 +19,6 @@ from setriton.models.preprocessing import Preprocessing
 from setriton.models.saved import Header, save
 
 State = dict[str, Tensor]
-
-
-def randomized(model: nn.Module) -> Any:
-    """Random BN parameters and statistics, and SE biases: at their initial values they would hide mistakes."""
-    generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
-                nn.init.uniform_(tensor, 0.5, 1.0, generator=generator)
-    return model.double().eval()
 
 
 def images(size: int = 75) -> Tensor:
@@ -79,7 +70,7 @@ def assert_same_logits(model: nn.Module, theirs: nn.Module, x: Tensor) -> None:
 @pytest.mark.parametrize("case", SAME_LOGITS)
 def test_logits_are_those_of_where_the_weights_come_from(case: str) -> None:
     name, make, options = SAME_LOGITS[case]
-    theirs = randomized(make())
+    theirs = well_conditioned(make())
     model = create_model(name, weights=theirs.state_dict(), dtype=torch.float64)
     assert model.config == {"name": name, **options}
     assert_same_logits(model, theirs, images())
@@ -109,7 +100,7 @@ def with_linear_se(network: Callable[[], nn.Module], hidden: Callable[[int], int
         if isinstance(module, torchvision.models.resnet.Bottleneck):
             channels = module.bn3.num_features
             module.bn3 = nn.Sequential(module.bn3, LinearSE(channels, hidden(channels), bias))
-    return randomized(model)
+    return well_conditioned(model)
 
 
 def moskomule() -> tuple[nn.Module, State]:
@@ -128,7 +119,7 @@ def nvidia(number_from: int, prefix: str = "") -> tuple[nn.Module, State]:
 
 
 def mmpretrain() -> tuple[nn.Module, State]:
-    model = randomized(timm.create_model("seresnet50"))
+    model = well_conditioned(timm.create_model("seresnet50"))
     names = ((".se.fc1.", ".se_layer.conv1.conv."), (".se.fc2.", ".se_layer.conv2.conv."), ("fc.", "head.fc."))
     state = renamed(model.state_dict(), *names)
     return model, {key if key.startswith("head.") else f"backbone.{key}": value for key, value in state.items()}
@@ -243,7 +234,7 @@ def test_only_the_networks_default_drops_out() -> None:
 
 
 def test_another_classifier_and_other_channels() -> None:
-    theirs = randomized(timm.create_model("seresnet18"))
+    theirs: Any = well_conditioned(timm.create_model("seresnet18"))
     options: dict[str, Any] = {"layout": "torch", "rd_divisor": 8, "num_classes": 7, "in_chans": 1}
     model: Any = create_model("se_resnet18", dtype=torch.float64, **options)
     kept = model.fc.weight.clone()
@@ -264,7 +255,7 @@ def test_another_classifier_and_other_channels() -> None:
 
 
 def test_files_are_read_and_give_what_the_state_dict_gives(tmp_path: Path) -> None:
-    state = randomized(timm.create_model("legacy_seresnet18")).float().state_dict()
+    state = well_conditioned(timm.create_model("legacy_seresnet18")).float().state_dict()
     want = create_model("se_resnet18", weights=state).state_dict()
     save_file(state, str(tmp_path / "a.safetensors"))
     torch.save(state, tmp_path / "b.pth")
@@ -322,7 +313,7 @@ def test_wrong_arguments(tmp_path: Path, call: Any, error: type[Exception], mess
 
 
 def test_cadenes_inception_resnet_v2_has_a_class_for_the_background() -> None:
-    theirs = randomized(timm.create_model("inception_resnet_v2", num_classes=1001))
+    theirs = well_conditioned(timm.create_model("inception_resnet_v2", num_classes=1001))
     state = renamed(theirs.state_dict(), ("classif.", "last_linear."))
     model = create_model("inception_resnet_v2", dtype=torch.float64)
     report = load_weights(model, state)

@@ -1,4 +1,4 @@
-"""What all tests share: the GPU mark, and uninitialised memory that shows."""
+"""What tests share: the GPU mark, uninitialised memory that shows, one thread for those that ask."""
 
 from collections.abc import Iterator
 
@@ -23,3 +23,12 @@ def _nan_filled_empty() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.set_deterministic_debug_mode(mode)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For small networks, and for times: where several processes test, threads would wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -5,7 +5,7 @@ import pickle
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,16 +21,9 @@ from torch._dynamo.testing import CompileCounter
 from setriton import SqueezeExcite
 from setriton.convert import Report, accelerate, restore
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TAIL = "bn_se+add+relu"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These networks are small, and where several processes test, their threads would wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 NETWORKS = {

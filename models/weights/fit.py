@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..base import Network
 from ..preprocessing import Preprocessing
+from ..se import SEOptions
 from .files import State
 
 # Classes of TensorFlow's ImageNet networks: class 0 is the background.
@@ -163,17 +164,17 @@ def _shape(tensor: Tensor) -> str:
 def se_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Options of `create_model` for SE blocks as wide as those of a state dict; {} for the defaults, or if none do."""
     widths = {tensor.shape[1]: tensor.shape[0] for key, tensor in state.items() if key.endswith(".se.fc1.weight")}
-    if not widths or all(hidden == max(1, channels // 16) for channels, hidden in widths.items()):
+    if not widths:
         return {}
-    hiddens = set(widths.values())
-    if len(hiddens) == 1 and len(widths) > 1:
-        return {"rd_channels": hiddens.pop()}
-    if all(hidden == max(8, (channels // 16 + 4) // 8 * 8) for channels, hidden in widths.items()):
-        return {"rd_divisor": 8}
     widest = max(widths)
-    ratio = widths[widest] / widest
-    fits = all(hidden == max(1, int(channels * ratio)) for channels, hidden in widths.items())
-    return {"rd_ratio": ratio} if fits else {}
+    candidates: list[dict[str, Any]] = [{}, {"rd_divisor": 8}, {"rd_ratio": widths[widest] / widest}]
+    if len(widths) > 1:
+        candidates.insert(1, {"rd_channels": widths[widest]})
+    for options in candidates:
+        of_se = SEOptions(**options)
+        if all(of_se.hidden(channels) == hidden for channels, hidden in widths.items()):
+            return options
+    return {}
 
 
 def _for_channels(preprocessing: Preprocessing, in_chans: int) -> Preprocessing:

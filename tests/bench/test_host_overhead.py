@@ -1,6 +1,6 @@
 """What a call costs the host, setriton's against eager PyTorch's, on a map too small for the device to matter."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,17 +13,12 @@ pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installe
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(autouse=True)
 def _nan_filled_empty() -> None:
     """Not here: filling what torch.empty returns is a launch more."""
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def synchronize() -> None:

@@ -3,22 +3,13 @@
 from dataclasses import replace
 from pathlib import Path
 
+import measured
 import pytest
 
 from setriton.bench.models_report import ModelResults, Row, draw_taxes, markdown, taxes
 from setriton.bench.networks import EAGER, MODES, NETWORKS, PLAIN, WAYS
 
-WHERE = {
-    "device": "NVIDIA H200",
-    "driver": "580.1",
-    "torch": "2.15.0",
-    "triton": "3.9.0",
-    "setriton": "0.1.0",
-    "commit": "abc",
-    "date": "2026-11-24",
-    "source": "0123",
-    "timm": "1.0.31",
-}
+WHERE = measured.WHERE | {"timm": "1.0.31"}
 # Made up.
 MILLISECONDS = {"eager": 80.0, "plain": 40.0, "backend": 39.0, "compile": 50.0, "accelerate": 41.0}
 

@@ -5,20 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from measured import WHERE
 
 from setriton.bench.cases import IMPLEMENTATIONS, plan
 from setriton.bench.report import Results, Row, draw_roofline, markdown
 
-WHERE = {
-    "device": "NVIDIA H200",
-    "driver": "580.1",
-    "torch": "2.15.0",
-    "triton": "3.9.0",
-    "setriton": "0.1.0",
-    "commit": "abc",
-    "date": "2026-11-24",
-    "source": "0123",
-}
 # Made up: milliseconds where a copy takes 1.
 MILLISECONDS = dict(zip(IMPLEMENTATIONS, (4.0, 2.0, 1.5, 1.25), strict=True))
 

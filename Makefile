@@ -9,7 +9,8 @@ OLDEST = torch==2.11.0 torchvision==0.26.0 "numpy<2.4"
 CONSTRAINTS ?=
 # pytest's processes; each test has one core to itself, or threads of two would wait for each other.
 JOBS ?= 2
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS)
+# The command, not the module: `python -m` puts this folder on the path, where transformers takes kernels/ for another package.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS)
 # Options of the demonstration, such as DEMO="--epochs 5".
 DEMO ?=
 # Folder of make gpu's results; unset, bench/results/<device>.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from setriton.checks import check_choice, check_size
-from setriton.modules import SqueezeExcite, bn_se_forward
+from setriton.modules import SqueezeExcite, Step, called_tail, tail
 
 _log = logging.getLogger("setriton")
 
@@ -120,16 +120,17 @@ def _report_stock(squeeze: str, gate: str) -> None:
 
 
 def bn_se(
-    bn: nn.BatchNorm2d,
-    se: SEBlock,
+    owner: nn.Module,
+    bn: nn.Module,
+    se: nn.Module,
     x: Tensor,
     residual: Tensor | None = None,
     *,
-    bn_act: str = "identity",
-    out_act: str = "identity",
-) -> Tensor:
-    """``out_act(se(bn_act(bn(x))) + residual)``: one fused operator, or PyTorch's one by one for a stock block."""
-    if isinstance(se, SqueezeExcite):
-        return bn_se_forward(bn, se, x, residual, bn_act=bn_act, out_act=out_act)
-    y = se(ACTS[bn_act](bn(x)))
-    return ACTS[out_act](y if residual is None else y + residual)
+    bn_act: Step = "identity",
+    out_act: Step = "identity",
+    fork: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`setriton.modules.tail`, of PyTorch's own operators without a message where the network was made of them."""
+    if isinstance(se, StockSqueezeExcite):
+        return called_tail(bn, se, x, residual, bn_act=bn_act, out_act=out_act), None
+    return tail(owner, bn, se, x, residual, bn_act=bn_act, out_act=out_act, fork=fork)

@@ -127,26 +127,29 @@ def affine_se(
     *,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    w1: Tensor | None = None,
+    w1_scale: float = 1.0,
     out_act: str = "identity",
     fork: bool = False,
 ) -> Forked:
     """``out_act(se(weight * x + bias) + shortcut)``, without BN before SE: the fused tail with one that is affine.
 
     Args:
-        se: the SE block; its first weight is `w1` if that is given.
+        se: the SE block, readable.
         x, shortcut: feature maps (N, C, H, W).
         weight, bias: (C); None for 1 and 0.
+        w1_scale: what the first weight of `se` is divided by.
         out_act: identity or relu.
         fork: give the pair that the next block takes (see `ResidualBlock.forward`).
     """
     # Made here, not kept: as buffers they would be lost in a network built on the meta device. Variance 0 and eps 1,
     # not the reverse: a kernel's lanes past the last channel read 0 as the variance. Two, for Dynamo takes none twice.
     mean, var = (x.new_zeros(x.shape[1], dtype=accumulate_dtype(x.dtype)) for _ in range(2))
-    own_w1, *others = se.weights()
-    layers = (own_w1 if w1 is None else w1, *others)
+    w1, *others = se.weights()
+    if w1_scale != 1:
+        # In this dtype, lest the division rounds a weight of lower precision once more.
+        w1 = w1.to(accumulate_dtype(x.dtype)) / w1_scale
     options: dict[str, Any] = {"residual": shortcut, "training": False, "eps": 1.0, "act": se.act, "gate": se.gate}
-    tensors = (x, weight, bias, mean, var, *layers)
+    tensors = (x, weight, bias, mean, var, w1, *others)
     if not fork:
         return bn_squeeze_excite(*tensors, **options, out_act=out_act)
     y, y_skip = bn_squeeze_excite_forked(*tensors, **options, out_act=out_act)

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -133,10 +133,10 @@ class ScaledResidual(Branches):
         # The convolution's bias is BN's: no pass of its own adds it, and none sums its gradient.
         u = conv._conv_forward(u, kernel, None)
         dtype = accumulate_dtype(u.dtype)
-        # In this dtype, lest the division rounds a weight of lower precision once more.
-        w1 = se.weights()[0] if self.se_scaled else se.weights()[0].to(dtype) / scale
         weight, bias = u.new_full((u.shape[1],), scale, dtype=dtype), None if bias is None else bias.to(dtype) * scale
-        return affine_se(se, u, shortcut, weight=weight, bias=bias, w1=w1, out_act=self.out_act, fork=fork)
+        w1_scale = 1.0 if self.se_scaled else scale
+        options: dict[str, Any] = {"w1_scale": w1_scale, "out_act": self.out_act, "fork": fork}
+        return affine_se(se, u, shortcut, weight=weight, bias=bias, **options)
 
     def extra_repr(self) -> str:
         return f"scale={self.scale}, out_act={self.out_act}"

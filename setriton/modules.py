@@ -142,8 +142,8 @@ def called_tail(
     out_act: Step = "identity",
 ) -> Tensor:
     """`tail` without the fused call: one layer after the other."""
-    y = se(_function(bn_act)(bn(x)))
-    return _function(out_act)(y if residual is None else y + residual)
+    y = se(_function(bn_act, x)(bn(x)))
+    return _function(out_act, x)(y if residual is None else y + residual)
 
 
 def _name(step: Step) -> str | None:
@@ -153,8 +153,11 @@ def _name(step: Step) -> str | None:
     return "relu" if is_stock(step, nn.ReLU) else None
 
 
-def _function(step: Step) -> Callable[[Tensor], Tensor]:
-    return ACTS[step].function if isinstance(step, str) else step
+def _function(step: Step, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """A stock layer too is a function, not in place: a hook on the layer before it may be looking at its result."""
+    if not isinstance(step, str) and (must_call(x) or _name(step) is None):
+        return step
+    return ACTS[_name(step) or ""].function
 
 
 def _norm_class(bn: Any) -> type[nn.Module]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from setriton.checks import check_choice, check_size
@@ -16,7 +17,7 @@ _log = logging.getLogger("setriton")
 
 SQUEEZES = {"avg": lambda x: x.mean((2, 3), keepdim=True), "max": lambda x: x.amax((2, 3), keepdim=True), "none": None}
 GATES = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu}
-ACTS = {"identity": lambda x: x, "relu": torch.relu}
+ACTS = {"identity": lambda x: x, "relu": F.relu}
 
 
 class StockSqueezeExcite(nn.Module):
@@ -43,7 +44,7 @@ class StockSqueezeExcite(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         pool = SQUEEZES[self.squeeze]
         squeezed = x if pool is None else pool(x)
-        return x * GATES[self.gate](self.fc2(torch.relu(self.fc1(squeezed))))
+        return x * GATES[self.gate](self.fc2(F.relu(self.fc1(squeezed))))
 
     def extra_repr(self) -> str:
         return f"squeeze={self.squeeze}, gate={self.gate}"

@@ -24,6 +24,7 @@ from torch.nn.utils import parametrize
 _log = logging.getLogger("setriton")
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_TRACKER = "torch.utils.module_tracker"
 # functional_call puts plain tensors where parameters are.
 _PLAIN = frozenset((nn.Parameter, Tensor, type(None)))
 _derived: dict[type, type] = {}
@@ -54,12 +55,14 @@ def must_call(x: Any) -> bool:
 
     A trace that reads parameters could not follow `training`, and quantization would find no layers in it.
     """
-    return bool(
-        _module._global_forward_hooks
-        or _module._global_forward_pre_hooks
-        or _module._global_backward_hooks
-        or _module._global_backward_pre_hooks
-        or is_traced(x)
+    return is_traced(x) or bool(
+        (
+            _module._global_forward_hooks
+            or _module._global_forward_pre_hooks
+            or _module._global_backward_hooks
+            or _module._global_backward_pre_hooks
+        )
+        and _is_watched()
     )
 
 
@@ -122,6 +125,17 @@ def leaf(module: nn.Module, x: Proxy) -> Any:
 def declare_stock(derived: type[nn.Module], original: type[nn.Module]) -> None:
     """Let modules of class `derived` count as those of `original`, whose forward they have."""
     _derived[derived] = original
+
+
+def _is_watched() -> bool:
+    """Whether a hook on all modules is other than those that note which module runs, as FlopCounterMode has."""
+    every = (
+        _module._global_forward_hooks,
+        _module._global_forward_pre_hooks,
+        _module._global_backward_hooks,
+        _module._global_backward_pre_hooks,
+    )
+    return any(getattr(hook, "__module__", None) != _TRACKER for hooks in every for hook in hooks.values())
 
 
 def _stands_for(module: Any, kind: type[nn.Module]) -> bool:

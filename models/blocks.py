@@ -97,12 +97,12 @@ def kept_apart(y: Tensor, y_skip: Tensor) -> tuple[Tensor, Tensor]:
     return y, _Apart.apply(y_skip) if torch.compiler.is_compiling() else y_skip
 
 
-def may_fuse(owner: nn.Module, se: Any, x: Tensor, **others: tuple[Any, type[nn.Module]]) -> TypeGuard[SqueezeExcite]:
+def may_fuse(se: Any, owner: nn.Module, x: Tensor, **others: tuple[Any, type[nn.Module]]) -> TypeGuard[SqueezeExcite]:
     """Whether `affine_se` may read `se` of a block; a message says why not, if `se` was made to be fused.
 
     Args:
-        owner: the block.
-        se: its SE block, or None.
+        se: the SE block, or None.
+        owner: the block around it.
         x: what goes in.
         others: layers that are read as well, and the classes that they should be of.
     """
@@ -149,7 +149,7 @@ def affine_se(
         # In this dtype, lest the division rounds a weight of lower precision once more.
         w1 = w1.to(accumulate_dtype(x.dtype)) / w1_scale
     options: dict[str, Any] = {"residual": shortcut, "training": False, "eps": 1.0, "act": se.act, "gate": se.gate}
-    tensors = (x, weight, bias, mean, var, w1, *others)
+    tensors: tuple[Any, ...] = (x, weight, bias, mean, var, w1, *others)
     if not fork:
         return bn_squeeze_excite(*tensors, **options, out_act=out_act)
     y, y_skip = bn_squeeze_excite_forked(*tensors, **options, out_act=out_act)
@@ -226,10 +226,10 @@ class ResidualBlock(nn.Module):
             y = self.relu(self.drop_path(ACTS[self.bn_act](self.last_bn(y))) + shortcut)
             y = se(y) if se is not None and position == "post" else y
         elif passes(self.drop_path) and not is_traced(x):
-            tail = bn_se(self, self.last_bn, se, y, shortcut, bn_act=self.bn_act, out_act=self.relu, fork=fork)
-            if tail[1] is not None:
-                return kept_apart(*tail)
-            y = tail[0]
+            bn = self.last_bn
+            y, y_skip = bn_se(self, bn, se, y, shortcut, bn_act=self.bn_act, out_act=self.relu, fork=fork)
+            if y_skip is not None:
+                return kept_apart(y, y_skip)
         else:
             y = self.relu(self.drop_path(bn_se(self, self.last_bn, se, y, bn_act=self.bn_act)[0]) + shortcut)
         return (y, None) if fork else y

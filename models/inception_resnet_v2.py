@@ -110,7 +110,7 @@ class ScaledResidual(Branches):
             skip, fork = None, False
         shortcut = x if skip is None or not self.only_reads() else skip.view_as(x)
         u, se = self.concatenated(x), self.se
-        if self.se_position == "standard" and may_fuse(self, se, u, conv2d=(self.conv2d, nn.Conv2d)):
+        if self.se_position == "standard" and may_fuse(se, self, u, conv2d=(self.conv2d, nn.Conv2d)):
             return self._fused(u, se, shortcut, fork)
         u = self.conv2d(u)
         scale = self.scale
@@ -131,7 +131,7 @@ class ScaledResidual(Branches):
         conv, scale = self.conv2d, self.scale
         kernel, bias = weight_and_bias(conv)
         # The convolution's bias is BN's: no pass of its own adds it, and none sums its gradient.
-        u = conv._conv_forward(u, kernel, None)
+        u = nn.Conv2d._conv_forward(conv, u, kernel, None)
         dtype = accumulate_dtype(u.dtype)
         weight, bias = u.new_full((u.shape[1],), scale, dtype=dtype), None if bias is None else bias.to(dtype) * scale
         w1_scale = 1.0 if self.se_scaled else scale

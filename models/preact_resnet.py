@@ -61,7 +61,7 @@ class PreActBlock(nn.Module):
         if self.projection is not None:
             shortcut = self.projection(x)
         x, se = self.branch(x), self.se
-        if may_fuse(self, se, x):
+        if may_fuse(se, self, x):
             return affine_se(se, x, shortcut, fork=fork)
         y = shortcut + (x if se is None else se(x))
         return (y, None) if fork else y

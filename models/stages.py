@@ -70,9 +70,11 @@ def takes_forks(module: nn.Module) -> bool:
 
 def only_reads(module: nn.Module | None) -> bool:
     """Whether a module is known to leave its input as it is. What writes into it has to write into the shortcut too."""
+    if module is None:
+        return True
     kind = type(module)
-    if module is None or not is_stock(module, kind):
-        return module is None
+    if not is_stock(module, kind):
+        return False
     if isinstance(module, nn.Sequential) and kind.forward is nn.Sequential.forward and len(module):
         return only_reads(module[0])
     return kind in _READERS or bool(getattr(kind, "only_reads", False))

@@ -14,13 +14,14 @@ The check is a few look-ups, 0.4 us a layer; `weight_and_bias` saves 1 us beside
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules import module as _module
 from torch.nn.utils import parametrize
 
+_M = TypeVar("_M", bound=nn.Module)
 _log = logging.getLogger("setriton")
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -31,7 +32,7 @@ _derived: dict[type, type] = {}
 _reported: set[tuple[str, str]] = set()
 
 
-def is_stock(module: Any, kind: type[nn.Module]) -> bool:
+def is_stock(module: Any, kind: type[_M]) -> TypeGuard[_M]:
     """Whether `module` computes what `kind` does from its own parameters and attributes, and calling it does no more.
 
     Its class is `kind` itself, or that of a `kind` with parametrizations (`torch.nn.utils.parametrize`), or one that
@@ -111,7 +112,7 @@ def is_traced(x: Any) -> bool:
     return isinstance(x, Proxy)
 
 
-def leaf(module: nn.Module, x: Proxy) -> Any:
+def leaf(module: nn.Module, x: Any) -> Any:
     """The call of `module` itself in the graph that is being traced, whose forward then sees sizes and `training`.
 
     None where the graph is that of the module itself.

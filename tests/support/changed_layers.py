@@ -40,11 +40,20 @@ def each_norm(function: Callable[[Any], Any]) -> Change:
 
 def replace(name: str, make: Callable[[Any], nn.Module]) -> Change:
     """Put another module in the place of every child of that name."""
-    return lambda module: [setattr(parent, n, make(child)) for parent, n, child in named(module, name)]
+
+    def change(module: nn.Module) -> None:
+        for parent, attribute, child in named(module, name):
+            setattr(parent, attribute, make(child))
+
+    return change
 
 
 def replace_norms(make: Callable[[nn.BatchNorm2d], nn.Module]) -> Change:
-    return lambda module: [setattr(parent, n, make(bn)) for parent, n, bn in norms(module)]
+    def change(module: nn.Module) -> None:
+        for parent, attribute, bn in norms(module):
+            setattr(parent, attribute, make(bn))
+
+    return change
 
 
 class Doubled(nn.Conv2d):
@@ -78,12 +87,12 @@ def frozen(bn: nn.BatchNorm2d) -> nn.Module:
     return new
 
 
-def own_forward(layer: nn.Module) -> None:
+def own_forward(layer: Any) -> None:
     forward = layer.forward
-    layer.forward = lambda x: 2 * forward(x)  # type: ignore[method-assign]
+    layer.forward = lambda x: 2 * forward(x)
 
 
-def trained_input(layer: nn.Module) -> None:
+def trained_input(layer: Any) -> None:
     """A weight that is computed before each call, and no parameter."""
     weight = layer.weight
     del layer.weight
@@ -98,14 +107,18 @@ def trained_input(layer: nn.Module) -> None:
 
 
 def hooked_backward(layer: nn.Module) -> None:
-    layer.register_full_backward_hook(lambda _m, dx, _dy: tuple(None if g is None else 3 * g for g in dx))
+    def triple(_module: nn.Module, dx: Any, _dy: Any) -> Any:
+        return tuple(None if gradient is None else 3 * gradient for gradient in dx)
+
+    layer.register_full_backward_hook(triple)
 
 
-def out_of_place(module: nn.Module) -> None:
+def out_of_place(module: nn.Module) -> nn.Module:
     """Autograd lets nothing write into what a backward hook looks at."""
     for child in module.modules():
         if isinstance(child, nn.ReLU):
             child.inplace = False
+    return module
 
 
 CHANGES: dict[str, Change] = {
@@ -126,7 +139,7 @@ CHANGES: dict[str, Change] = {
     "hook of norms": each_norm(lambda bn: bn.register_forward_hook(lambda _m, _a, y: 2 * y)),
     "hook of relu": each("relu", lambda relu: relu.register_forward_hook(lambda _m, _a, y: 2 * y)),
     "backward hook of fc1": each("fc1", hooked_backward),
-    "backward hook of norms": lambda module: (out_of_place(module), each_norm(hooked_backward)(module)),
+    "backward hook of norms": lambda module: each_norm(hooked_backward)(out_of_place(module)),
     "backward pre-hook": each("se", lambda se: se.register_full_backward_pre_hook(lambda _m, dy: (2 * dy[0],))),
     "forward of its own": each("fc1", own_forward),
     "bn with a forward of its own": each_norm(own_forward),

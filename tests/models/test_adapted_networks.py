@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,19 +19,13 @@ from setriton.models.blocks import BlockSEOptions
 from setriton.models.published import crop
 from setriton.models.small_resnet import SmallResNet
 
-SIDE = 16
-
-
-def build(fused: bool = True, **options: Any) -> Any:
-    se = BlockSEOptions(rd_ratio=1 / 4, fused=fused)
-    return SmallResNet(8, se, num_classes=5, **options).double()
-
 
 @pytest.fixture
 def pair() -> tuple[Any, Any]:
     """The same network, fused and not."""
     torch.manual_seed(0)
-    fused, plain = build(), build(False)
+    options = [BlockSEOptions(rd_ratio=1 / 4, fused=fused) for fused in (True, False)]
+    fused, plain = (SmallResNet(8, se, num_classes=5).double() for se in options)
     for bn in (m for m in fused.modules() if isinstance(m, nn.BatchNorm2d)):
         nn.init.uniform_(bn.weight, 0.5, 1.5)
         nn.init.normal_(bn.bias)
@@ -40,8 +33,8 @@ def pair() -> tuple[Any, Any]:
     return fused, plain
 
 
-def images(side: int = SIDE) -> Tensor:
-    return torch.randn(2, 3, side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+def images() -> Tensor:
+    return torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
 
 def close(found: Any, want: Any) -> None:
@@ -151,20 +144,10 @@ def test_single_layers_are_sharded(pair: tuple[Any, Any], one_rank: None) -> Non
 
 
 @pytest.fixture
-def one_rank(unused_tcp_port: int) -> Iterator[None]:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_tcp_port)}
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1)
+def one_rank() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
-
-
-@pytest.fixture
-def unused_tcp_port() -> int:
-    import socket
-
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 TRACED: dict[str, dict[str, Any]] = {

@@ -31,7 +31,7 @@ _WRAPPERS = {
 # Averages of the weights over training steps: model_ema, state_dict_ema, ema, ema_model, EMAWeights ...
 _AVERAGED = re.compile(r"(^|[^a-z])ema([^a-z]|$)|^EMA|averaged", re.IGNORECASE)
 # Where several lie side by side, what timm's loader takes first, then what other scripts call it.
-_USUAL = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "net", "network")
+_USUAL = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "net", "network", "")
 # Longer names, and deeper trees, are no network's.
 _LONGEST_NAME, _DEEPEST = 512, 32
 

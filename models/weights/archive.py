@@ -42,6 +42,8 @@ class Archive:
                 raise ValueError(f"it has the entry {info.filename[:200]!r} twice")
             if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise ValueError(f"its entry {info.filename[:200]!r} is compressed by method {info.compress_type}")
+            if info.compress_type == zipfile.ZIP_STORED and info.file_size != info.compress_size:
+                raise ValueError(f"its entry {info.filename[:200]!r} has two sizes")
             self.entries[info.filename] = info
         size, claimed = path.stat().st_size, sum(info.file_size for info in self.entries.values())
         if claimed > _FREE_BYTES + _LARGEST_RATIO * size:

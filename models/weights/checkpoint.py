@@ -77,10 +77,14 @@ class StoredTensor:
         content = cache[key]
         if len(content) != size * self.storage.dtype.itemsize:
             raise ValueError(f"has {size:,} values of {self.storage.dtype} in storage, and {len(content):,} bytes")
-        last = self.offset + sum((n - 1) * step for n, step in zip(self.shape, self.strides, strict=True))
         if 0 in self.shape:
             return torch.empty(self.shape, dtype=self.dtype)
-        if (last + 1) * self.dtype.itemsize > len(content):
+        last = 0
+        for step, n in sorted(zip(self.strides, self.shape, strict=True)):
+            if n > 1 and step <= last:
+                raise ValueError(f"has the strides {self.strides}, with which its values overlap")
+            last += (n - 1) * step
+        if (self.offset + last + 1) * self.dtype.itemsize > len(content):
             raise ValueError(f"reaches behind the {size:,} values of its storage")
         return torch.frombuffer(content, dtype=self.dtype).as_strided(self.shape, self.strides, self.offset)
 
@@ -135,13 +139,18 @@ def _read_stream(path: Path) -> Any:
         return bytearray(content[start : start + size])
 
     found = _unpickle(reader, read, item_sizes)
-    for key in _unpickle(reader):
+    keys = _unpickle(reader)
+    if sorted(keys) != sorted(item_sizes):
+        raise ValueError("its list of storages is another one than its tensors have")
+    for key in keys:
         (count,) = struct.unpack("<q", reader.read(8))
         size = count * item_sizes[key]
         if count < 0 or reader.position + size > len(content):
             raise ValueError(f"storage {key[:50]!r} of {count:,} values is cut short")
         positions[key] = (reader.position, size)
         reader.position += size
+    if reader.position != len(content):
+        raise ValueError(f"{len(content) - reader.position:,} bytes follow its last storage")
     return found
 
 

@@ -59,12 +59,9 @@ class Archive:
         Raises:
             KeyError: there is none of this name.
         """
-        content = bytearray(self.entries[name].file_size)
-        view, position = memoryview(content), 0
-        with self._file.open(self.entries[name]) as file:
-            while position < len(content):
-                count = file.readinto(view[position:])
-                if not count:
-                    raise ValueError(f"its entry {name[:200]!r} ends after {position:,} of {len(content):,} bytes")
-                position += count
+        info = self.entries[name]
+        with self._file.open(info) as file:
+            content = bytearray(file.read(info.file_size))
+        if len(content) != info.file_size:
+            raise ValueError(f"its entry {name[:200]!r} ends after {len(content):,} of {info.file_size:,} bytes")
         return content

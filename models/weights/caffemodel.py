@@ -21,7 +21,7 @@ _DATA = {5: torch.float32, 8: torch.float64}
 _LONGEST_VARINT = 10
 _MOST_AXES = 32
 # SENet-154's file has about 10,000.
-_MOST_FIELDS = 200_000
+_MOST_FIELDS = 50_000
 
 Field = tuple[int, int, int, memoryview]
 

@@ -126,7 +126,7 @@ def _read_stream(path: Path) -> Any:
     """The format before PyTorch 1.6: five pickles, then each storage behind its number of values."""
     content = memoryview(read_whole(path))
     reader = Reader(content)
-    if content[:1] != b"\x80" or _unpickle(reader) != _MAGIC or _unpickle(reader) != _PROTOCOL:
+    if bytes(content[:1]) != b"\x80" or _unpickle(reader) != _MAGIC or _unpickle(reader) != _PROTOCOL:
         raise ValueError("it does not begin as torch.save does")
     system = _unpickle(reader)
     if not isinstance(system, dict) or system.get("little_endian") is not True:

@@ -98,7 +98,7 @@ def without_wrappers(state: Mapping[str, Any]) -> Leaves:
     """
     for dictionary in _dictionaries(state)[:1]:
         if dictionary.twice:
-            raise ValueError(f"without wrappers' prefixes, {dictionary.twice[0]} is there twice")
+            raise ValueError(f"without prefixes of wrappers, {dictionary.twice[0]} is twice")
         return dictionary.leaves
     return {}
 
@@ -135,9 +135,7 @@ def _networks(dictionary: _Dictionary, where: str, roots: Callable[[list[str]], 
         # A network's tensors have a layer's name: others are counters, such as AveragedModel's.
         below = [name for name in leaves if name.startswith(prefix) and re.search("[.:]", name.removeprefix(prefix))]
         if again := [name for name in dictionary.twice if name in below]:
-            raise ValueError(
-                f"{where} must have each tensor once; without wrappers' prefixes {again[0]} is there twice"
-            )
+            raise ValueError(f"{where} must have each tensor once; without prefixes of wrappers, {again[0]} is twice")
         found.append(Found(root, {name.removeprefix(prefix): leaves[name] for name in below}))
         beside -= set(below)
     for candidate in found:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pickle
 import struct
 import time
 import tracemalloc
@@ -187,7 +188,7 @@ def test_zip_files_with_lies(state: State, tmp_path: Path) -> None:
     refused(path, "big-endian")
     path.write_bytes(whole)
     rezipped(path, lambda name, content: bytes(256 << 20) if name.endswith("data/0") else content, zipfile.ZIP_DEFLATED)
-    assert path.stat().st_size < 1 << 20
+    assert path.stat().st_size < 2 << 20
     refused(path, "its entries would have", bomb=True)
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("a/data.pkl", b"")

@@ -106,7 +106,7 @@ def test_another_precision_is_said(dtype: torch.dtype, tmp_path: Path) -> None:
     count = sum(value.is_floating_point() for value in state.values())
     assert f"{count} tensors from {str(dtype).removeprefix('torch.')} to float32" in str(report)
     assert load(tmp_path / "a.safetensors")[0]["conv1.weight"].dtype == torch.float32
-    with pytest.raises(ValueError, match="out must end in .safetensors"):
+    with pytest.raises(ValueError, match=r"out must end in \.safetensors"):
         convert(tmp_path / "a.pth", tmp_path / "a.pth", "resnet20")
 
 

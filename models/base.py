@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from setriton.checks import check_choice, check_rate, check_size
 from setriton.stock import must_call
 
+from .feature_info import FeatureInfo
+from .feature_info import Level as Level
 from .preprocessing import Preprocessing
 from .stages import Stage, takes_forks
 
@@ -29,14 +31,6 @@ class Options(TypedDict, total=False):
     in_chans: int
     global_pool: GlobalPool
     drop_rate: float
-
-
-class Level(TypedDict):
-    """A feature map a network can give out: the module it comes from, its channels, and input over output size."""
-
-    module: str
-    num_chs: int
-    reduction: int
 
 
 class Network(nn.Module):
@@ -132,7 +126,9 @@ class Network(nn.Module):
         x: Tensor,
         indices: int | Sequence[int] | None = None,
         *,
+        norm: bool = False,
         stop_early: bool = False,
+        output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
         """The last feature map and, of `feature_info`, the maps at `indices`.
@@ -140,7 +136,9 @@ class Network(nn.Module):
         Args:
             x: images (N, in_chans, H, W).
             indices: which levels, negative ones from the end; a number n means the last n; None all.
+            norm: False; timm's transformers have a last normalisation to apply, these networks none.
             stop_early: end after the last level asked for, and give its map as the last.
+            output_fmt: "NCHW", the order of a map's axes.
             intermediates_only: give the list alone.
 
         Returns:
@@ -148,8 +146,11 @@ class Network(nn.Module):
 
         Raises:
             TypeError: `indices` are no ints.
-            ValueError: there is no such level.
+            ValueError: there is no such level, or an argument has another value than its only one.
         """
+        check_choice("output_fmt", getattr(output_fmt, "value", output_fmt), ("NCHW",))
+        if norm:
+            raise ValueError(f"norm must be False: no map has a normalisation of its own; got {norm}")
         wanted = self.take_indices(indices)
         keep = [self.feature_info[i]["module"] for i in wanted]
         last = self.feature_info[max(wanted)]["module"] if stop_early or intermediates_only else None
@@ -204,6 +205,21 @@ class Network(nn.Module):
         self.num_features = self.feature_info[-1]["num_chs"]
         self.reset_classifier(0)
 
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """As `prune`, behind the last of several levels; timm's extractors ask. Returns their positions.
+
+        Raises:
+            TypeError: `indices` are no ints.
+            ValueError: there is no such level, or `prune_head` is False: the head would read another map.
+        """
+        if not prune_head:
+            raise ValueError("prune_head must be True; got False")
+        wanted = self.take_indices(indices)
+        self.prune(max(wanted))
+        return wanted
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep the inputs of blocks alone for the backward pass, which computes the rest again."""
         for module in self.modules():
@@ -250,10 +266,9 @@ class FeatureExtractor(nn.Module):
 
     def __init__(self, network: Network, out_indices: int | Sequence[int] | None = None) -> None:
         super().__init__()
-        self.out_indices = network.take_indices(out_indices)
-        network.prune(max(self.out_indices))
+        self.out_indices = network.prune_intermediate_layers(out_indices)
         self.network = network
-        self.feature_info = [network.feature_info[i] for i in self.out_indices]
+        self.feature_info = FeatureInfo(network.feature_info[i] for i in self.out_indices)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return self.network.forward_intermediates(x, self.out_indices, intermediates_only=True)

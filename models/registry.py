@@ -6,7 +6,7 @@ import inspect
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -98,6 +98,7 @@ def create_model(
     name: str,
     *,
     weights: str | Path | Mapping[str, Any] | None = None,
+    use_ema: bool = True,
     features_only: Literal[False] = False,
     out_indices: int | Sequence[int] | None = None,
     device: torch.device | str | None = None,
@@ -109,6 +110,7 @@ def create_model(
     name: str,
     *,
     weights: str | Path | Mapping[str, Any] | None = None,
+    use_ema: bool = True,
     features_only: Literal[True],
     out_indices: int | Sequence[int] | None = None,
     device: torch.device | str | None = None,
@@ -119,6 +121,7 @@ def create_model(
     name: str,
     *,
     weights: str | Path | Mapping[str, Any] | None = None,
+    use_ema: bool = True,
     features_only: bool = False,
     out_indices: int | Sequence[int] | None = None,
     device: torch.device | str | None = None,
@@ -133,6 +136,7 @@ def create_model(
             downloads what timm publishes for this network (`setriton.models.weights.download`), or a repository of
             Hugging Face's, such as "timm/seresnet50.ra2_in1k". Options that the weights need, and that are not given,
             are chosen: the layout, the widths of SE blocks, the number of classes.
+        use_ema: of weights that a checkpoint has averaged as well, take the averages, as timm does.
         features_only: give feature maps instead of logits (`setriton.models.base.FeatureExtractor`).
         out_indices: which feature maps: positions in the network's `feature_info`, or how many from the end.
         device: where to build it; "meta" for a network without weights.
@@ -161,12 +165,9 @@ def create_model(
         raise ValueError("out_indices must be given with features_only=True")
     opened = None
     if weights is not None:
-        from .weights import download, load
+        from .weights import load
 
-        where, preprocessing = download.resolve(name, weights, options.get("layout"))
-        opened = load.open_weights(where)
-        if preprocessing is not None:
-            opened = replace(opened, preprocessing=preprocessing)
+        opened = load.open_for(name, weights, options.get("layout"), use_ema)
         options = load.options_for(name, opened) | options
     with torch.device(device or torch.get_default_device()):
         model = known.build(options)

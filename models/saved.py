@@ -83,12 +83,29 @@ def load(path: Path) -> tuple[dict[str, Tensor], Header | None]:
         with safe_open(str(path), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
             metadata = file.metadata() or {}
-    except (SafetensorError, ValueError) as error:
+    except (AttributeError, LookupError, OverflowError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from None
     if _KEY not in metadata:
         return tensors, None
     try:
-        fields = json.loads(metadata[_KEY])
-        return tensors, Header(**fields | {"preprocessing": Preprocessing(**fields["preprocessing"])})
-    except (KeyError, TypeError, ValueError) as error:
+        return tensors, _header(metadata[_KEY])
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not say which network it holds: {error!r}") from None
+
+
+def _header(text: str) -> Header:
+    fields = json.loads(text, object_pairs_hook=_once)
+    if not isinstance(fields, dict) or not isinstance(fields.get("options"), dict):
+        raise ValueError("its header must be an object with the network's options")
+    header = Header(**fields | {"preprocessing": Preprocessing(**fields["preprocessing"])})
+    if not isinstance(header.model, str) or not isinstance(header.origin, str):
+        raise ValueError("its header must have names of the network and of its origin")
+    return header
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which no name may be written twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("its header has a name twice")
+    return found

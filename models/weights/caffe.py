@@ -51,21 +51,44 @@ def to_state_dict(blobs: dict[str, Tensor]) -> dict[str, Tensor]:
     Caffe's BatchNorm keeps sums and what to divide them by; its Scale layer has the affine part. The classifier's rows
     are put from the authors' order of classes into the one everybody else has.
     """
-    state = {}
+    layers: dict[str, dict[int, Tensor]] = {}
     for key, blob in blobs.items():
-        layer, _, index = key.rpartition(":")
+        if (match := re.fullmatch(r"(.+):(\d{1,4})", key)) is None:
+            raise ValueError(f"blobs must be called layer:index; got {key[:200]!r}")
+        layers.setdefault(match[1], {})[int(match[2])] = blob
+    state: dict[str, Tensor] = {}
+    for layer, found in layers.items():
+        numbers, wanted = sorted(found), (3,) if layer.endswith("/bn") else (1, 2)
+        if numbers != list(range(len(numbers))) or len(numbers) not in wanted:
+            raise ValueError(f"layer {layer} must have {' or '.join(map(str, wanted))} blobs; it has numbers {numbers}")
         if layer.endswith("/bn"):
-            factor = blobs[f"{layer}:2"].reshape(())
-            if index != "2":
-                state[f"{layer}.{('running_mean', 'running_var')[int(index)]}"] = blob if factor == 0 else blob / factor
+            state |= {f"{layer}.{name}": value for name, value in _statistics(layer, found).items()}
         else:
-            state[f"{layer.removesuffix('/scale')}.{('weight', 'bias')[int(index)]}"] = blob
+            names = ("weight", "bias")
+            state |= {f"{layer.removesuffix('/scale')}.{names[index]}": blob for index, blob in found.items()}
     order = torch.tensor(authors_labels())
-    for key in ("classifier.weight", "classifier.bias"):
-        rows = state[key].reshape(-1, state[key].shape[-1]) if key.endswith("weight") else state[key].flatten()
+    for key in {"classifier.weight", "classifier.bias"} & state.keys():
+        blob = state[key]
+        if blob.dim() == 0:
+            raise ValueError(f"{key} must have a row for each class; it is a number")
+        rows = blob.reshape(-1, blob.shape[-1]) if key.endswith("weight") else blob.flatten()
         # Networks trained on other classes have an order of their own.
         state[key] = rows[order] if len(rows) == len(order) else rows
     return state
+
+
+def _statistics(layer: str, blobs: dict[int, Tensor]) -> dict[str, Tensor]:
+    """Mean and variance out of sums and what to divide them by."""
+    mean, variance, factor = (blobs[index] for index in range(3))
+    if factor.numel() != 1 or mean.shape != variance.shape:
+        raise ValueError(
+            f"layer {layer} must have sums of one shape and one factor; got shapes "
+            f"{', '.join(str(tuple(blob.shape)) for blob in blobs.values())}"
+        )
+    factor = factor.reshape(())
+    if not factor > 0:
+        raise ValueError(f"layer {layer} has no statistics: what its sums are divided by is {factor.item():g}")
+    return {"running_mean": mean / factor, "running_var": variance / factor}
 
 
 def authors_labels() -> list[int]:

@@ -13,26 +13,12 @@ from ..registry import create_model, list_models
 from ..saved import Header, save, write_tensors
 from ..se import SEBlock, SEOptions
 from .fit import LoadReport, Weights
-from .load import FREE, load_opened, open_weights, options_for
+from .headers import FREE
+from .load import load_opened, open_weights, options_for
+from .timm_names import LEGACY, TIMM
 
 FORMATS = ("setriton", "timm")
 
-# timm's names of networks, and what its keys are where they are not ours.
-_TIMM_LEGACY = {
-    "se_resnet18": "legacy_seresnet18",
-    "se_resnet34": "legacy_seresnet34",
-    "se_resnet50": "legacy_seresnet50",
-    "se_resnet101": "legacy_seresnet101",
-    "se_resnet152": "legacy_seresnet152",
-    "se_resnext50_32x4d": "legacy_seresnext50_32x4d",
-    "se_resnext101_32x4d": "legacy_seresnext101_32x4d",
-    "senet154": "legacy_senet154",
-}
-_TIMM = {
-    **{ours: theirs.removeprefix("legacy_") for ours, theirs in _TIMM_LEGACY.items()},
-    **{name: name for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")},
-    **{name: name for name in ("resnext50_32x4d", "resnext101_32x4d", "inception_resnet_v2")},
-}
 # Options that timm's networks have as well, or whose values the keys and shapes show.
 _SHARED = {*FREE, "name", "layout", "bn_act", "rd_ratio", "rd_channels", "rd_divisor", "repeats"}
 _LEGACY_KEYS = ((r"\.se\.", ".se_module."), (r"^fc\.", "last_linear."))
@@ -49,26 +35,33 @@ _LEGACY_SENET154 = (
 
 
 def convert(
-    path: str | Path, out: Path, model: str | None = None, to: Literal["setriton", "timm"] = "setriton"
+    path: str | Path,
+    out: Path,
+    model: str | None = None,
+    to: Literal["setriton", "timm"] = "setriton",
+    use_ema: bool = True,
 ) -> tuple[str, LoadReport]:
     """Read weights of any known kind and write them as safetensors.
 
     Args:
         path: what `load_weights` takes.
-        out: the file to write; it is whole or not there.
+        out: the file to write, which ends in .safetensors; it is whole or not there. Values are float32.
         model: the network; None for the one that the weights fit.
         to: setriton: our keys, with a header of the network's name, options and preprocessing. timm: the keys of timm's
             network of the same outputs, which are those of its legacy_* for layout "caffe".
+        use_ema: as for `load_weights`.
 
     Returns:
         The network's name in the format that was written, and what was changed on the way.
 
     Raises:
-        ValueError: the weights fit no network, or timm has none that computes what they need.
+        ValueError: the weights fit no network, or timm has none that computes what they need; `out` ends otherwise.
         OSError: `out` cannot be written.
     """
     check_choice("to", to, FORMATS)
-    opened = open_weights(path)
+    if out.suffix != ".safetensors":
+        raise ValueError(f"out must end in .safetensors, which is what is written; got {out}")
+    opened = open_weights(path, use_ema=use_ema)
     name = model or opened.model or identify(opened)
     network = create_model(name, **options_for(name, opened), device="meta")
     report = load_opened(network, opened)
@@ -108,10 +101,10 @@ def to_timm(network: Network) -> tuple[str, dict[str, Tensor]]:
     has_legacy_relu = config.get("bn_act") == "relu"
     is_basic = name in ("se_resnet18", "se_resnet34")
     renames: tuple[tuple[str, str], ...] = ()
-    if network.layout == "caffe" and name in _TIMM_LEGACY and is_basic == has_legacy_relu:
-        theirs, renames = _TIMM_LEGACY[name], _LEGACY_SENET154 if name == "senet154" else _LEGACY_STEM
-    elif network.layout != "caffe" and name in _TIMM:
-        theirs = _TIMM[name]
+    if network.layout == "caffe" and name in LEGACY and is_basic == has_legacy_relu:
+        theirs, renames = LEGACY[name], _LEGACY_SENET154 if name == "senet154" else _LEGACY_STEM
+    elif network.layout != "caffe" and name in TIMM:
+        theirs = TIMM[name]
         if name == "inception_resnet_v2":
             renames = ((r"^fc\.", "classif."),)
     else:

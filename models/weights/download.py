@@ -1,6 +1,5 @@
 """Weights that timm publishes, by the names of networks here: downloaded and checked once, cached from then on."""
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 
 from setriton.files import sha256
 
-from ..preprocessing import Preprocessing
+from .timm_names import TimmConfig
 
 _log = logging.getLogger("setriton")
 
@@ -45,8 +44,8 @@ RELEASES = {
 
 def resolve(
     name: str, weights: str | Path | Mapping[str, Any], layout: str | None = None
-) -> tuple[str | Path | Mapping[str, Any], Preprocessing | None]:
-    """Where weights lie once what "timm" or a repository stands for is downloaded, and what images they want.
+) -> tuple[str | Path | Mapping[str, Any], TimmConfig | None]:
+    """Where weights lie once what "timm" or a repository stands for is downloaded, and what is said of them there.
 
     Args:
         name: of the network.
@@ -68,11 +67,15 @@ def resolve(
         raise ValueError(f"weights must not be 'timm' for {name}{of_layout}: timm publishes weights of {known}")
     if isinstance(weights, str) and weights.startswith(("timm/", "hf-hub:")) and not Path(weights).exists():
         return from_hub(weights.removeprefix("hf-hub:"))
+    if isinstance(weights, str | Path) and Path(weights).name == "model.safetensors":
+        # As a repository has it, downloaded as a whole.
+        config = Path(weights).expanduser().with_name("config.json")
+        return weights, TimmConfig.read(config) if config.is_file() else None
     return weights, None
 
 
-def from_hub(repository: str) -> tuple[Path, Preprocessing | None]:
-    """model.safetensors of a repository of Hugging Face's, and timm's word on its images if it has one.
+def from_hub(repository: str) -> tuple[Path, TimmConfig]:
+    """model.safetensors of a repository of Hugging Face's, and what its config.json says.
 
     Raises:
         ValueError: no repository can be called that.
@@ -86,7 +89,7 @@ def from_hub(repository: str) -> tuple[Path, Preprocessing | None]:
     where = f"https://huggingface.co/{repository}/resolve/main/model.safetensors"
     try:
         cached = hf_hub_download(repository, "model.safetensors", local_files_only=True)
-        return Path(cached), _preprocessing(repository)
+        return Path(cached), _config(repository)
     except LocalEntryNotFoundError:
         pass
     except HFValidationError as error:
@@ -104,7 +107,7 @@ def from_hub(repository: str) -> tuple[Path, Preprocessing | None]:
     if wanted is not None and len(wanted) == 64 and sha256(path) != wanted:
         path.unlink()
         raise OSError(f"{where} came with a hash other than {wanted}, and is removed: download it again")
-    return path, _preprocessing(repository)
+    return path, _config(repository)
 
 
 def _from_release(url: str) -> Path:
@@ -127,20 +130,15 @@ def _offline(url: str, error: Exception) -> str:
     return f"cannot download {url} ({reason}): download it elsewhere, and give the file's path as weights"
 
 
-def _preprocessing(repository: str) -> Preprocessing | None:
-    """What timm's configuration of a repository says of images; None where it has none."""
+def _config(repository: str) -> TimmConfig:
+    """timm's configuration of a repository; an empty one where it has none."""
     from huggingface_hub import hf_hub_download
 
     try:
-        fields = json.loads(Path(hf_hub_download(repository, "config.json")).read_text())["pretrained_cfg"]
-        size = fields["input_size"][-1]
-        return Preprocessing(
-            image_size=size,
-            resize=int(size / fields["crop_pct"]),
-            mean=tuple(fields["mean"]),
-            std=tuple(fields["std"]),
-            interpolation=fields["interpolation"],
-        )
-    except Exception as error:
-        _log.warning("%s does not say which images it wants, ImageNet's usual ones are taken: %r", repository, error)
-        return None
+        config = TimmConfig.read(Path(hf_hub_download(repository, "config.json")))
+    except Exception as error:  # of many types, as above
+        _log.warning("%s does not say which network and images it is for: %r", repository, error)
+        return TimmConfig()
+    if config.preprocessing is None:
+        _log.warning("%s does not say which images it wants, ImageNet's usual ones are taken", repository)
+    return config

@@ -1,93 +1,65 @@
-"""State dicts out of files; nothing in a file is run."""
+"""Tensors out of files, whose kind their content says; nothing in a file is run."""
 
-import pickle
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..saved import Header, load
+from .archive import reading
+from .arrays import read_npz
 from .caffemodel import read_caffemodel
+from .checkpoint import StoredTensor, read_checkpoint
+from .state_dicts import find_state_dict
 
 State = dict[str, Tensor]
-
-# Where training scripts keep the network's state dict in a checkpoint; the most specific first.
-_NESTED = ("state_dict", "model_state_dict", "model", "net")
-# What DistributedDataParallel and torch.compile put in front of every key.
-_WRAPPERS = ("module.", "_orig_mod.")
+Roots = Callable[[list[str]], list[str]]
 
 
-def read_weights(path: Path) -> tuple[State, Header | None]:
-    """The tensors of a file, on the CPU, and its header if setriton wrote it.
+def read_weights(path: Path) -> tuple[Mapping[str, Any], Header | None]:
+    """What a file holds, for `unwrapped`, with its tensors on the CPU; and its header if setriton wrote it.
 
     Args:
-        path: safetensors; a PyTorch checkpoint (.pth, .pt, .bin, .tar, .pkl), alone or with an optimizer's state around
-            it; a .caffemodel; or an .npz of Caffe's blobs. A blob has the key "layer:index".
+        path: safetensors; a PyTorch checkpoint, alone or with an optimizer's state around it; a .caffemodel; or an .npz
+            of Caffe's blobs. A blob has the key "layer:index".
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file of another kind, or a pickle that holds more than tensors.
+        ValueError: no file, or one of another kind; a damaged one; or a pickle that holds more than tensors.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"no file {path}")
-    if path.suffix == ".safetensors":
+    if not path.is_file():
+        raise ValueError(f"weights must be a file; {path} is {'a folder' if path.is_dir() else 'none'}")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(9)
+    if not start:
+        raise ValueError(f"{path} is empty")
+    if start[:2] == b"PK":
+        with reading(path, "cannot be read as a PyTorch checkpoint or .npz"), zipfile.ZipFile(path) as archive:
+            is_npz = any(name.endswith(".npy") for name in archive.namelist())
+        return read_npz(path) if is_npz or path.suffix == ".npz" else read_checkpoint(path), None
+    is_safetensors = start[8:] == b"{" and 8 + int.from_bytes(start[:8], "little") <= size
+    if is_safetensors or path.suffix == ".safetensors":
         return load(path)
     if path.suffix == ".caffemodel":
         return read_caffemodel(path), None
     if path.suffix == ".npz":
-        return _read_npz(path), None
-    return unwrapped(_read_pickle(path), str(path)), None
+        raise ValueError(f"{path} must be an .npz of numeric arrays named layer:index: it is no zip file")
+    return read_checkpoint(path), None
 
 
-def unwrapped(content: object, where: str) -> State:
-    """The state dict in a checkpoint.
-
-    Raises:
-        ValueError: there is none.
-    """
-    while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
-        inner = next((content[key] for key in _NESTED if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{where} must hold a state dict; got {type(content).__name__}")
-    state = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
-    if not state:
-        raise ValueError(
-            f"{where} must hold a state dict; it has no tensors, only {', '.join(map(str, content)) or '{}'}"
-        )
-    for prefix in _WRAPPERS:
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
-
-
-def _read_pickle(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of any type: what is no checkpoint may be anything
-        # What the unpickler found, without the advice that torch wraps it in.
-        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().splitlines()
-        detail = reason[0][:200] if reason else type(error).__name__
-        if not isinstance(error, pickle.UnpicklingError) or "Unsupported global" not in detail:
-            raise ValueError(f"{path} cannot be read as a PyTorch checkpoint: {detail}") from None
-        found = detail.partition(". ")[0]
-        raise ValueError(
-            f"{path} is refused: it holds more than tensors, and such a pickle can run any code ({found}). Write the "
-            "state dict alone where you trust the file: torch.save(model.state_dict(), path), or as safetensors"
-        ) from None
-
-
-def _read_npz(path: Path) -> State:
-    import zipfile
-
-    import numpy as np
-
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    except (ValueError, TypeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} must be an .npz of numeric arrays named layer:index: {error}") from None
+def unwrapped(content: object, where: str, roots: Roots, use_ema: bool = True) -> tuple[State, list[str]]:
+    """The state dict in a checkpoint, and what was chosen and left out; errors are those of `find_state_dict`."""
+    found = find_state_dict(content, where, roots, use_ema)
+    state: State = {}
+    cache: dict[str, bytearray] = {}
+    for key, leaf in found.leaves.items():
+        if isinstance(leaf, StoredTensor):
+            with reading(Path(where), f"cannot be read as a PyTorch checkpoint: {key}"):
+                leaf = leaf.load(cache)
+        state[key] = leaf
+    return state, found.notes

@@ -11,6 +11,7 @@ from ..base import Network
 from ..preprocessing import Preprocessing
 from ..se import SEOptions
 from .files import State
+from .tensors import cast, dtype_note, is_plain
 
 # Classes of TensorFlow's ImageNet networks: class 0 is the background.
 BACKGROUND_TOO = 1001
@@ -45,12 +46,16 @@ class Weights:
     """All options the network was built with, where the file says them."""
     origin: str | None = None
     """The images it was trained with, or where its weights are from, where the file says it."""
+    notes: tuple[str, ...] = ()
+    """What was chosen in the file, and what is not known of it."""
 
 
 def fit(model: Network, weights: Weights) -> LoadReport:
-    """Load tensors whose names and shapes agree with the network's, once all is known to."""
-    notes: list[str] = []
+    """Load tensors whose names, shapes and values agree with the network's, once all are known to."""
+    notes = list(weights.notes)
     target = model.state_dict()
+    if not all(map(is_plain, target.values())):
+        raise ValueError("model must be loaded before it is sharded or quantised")
     state = dict(weights.state)
     _fit_classifier(model, state, target, notes)
     _fit_first_convolution(model, state, target, notes)
@@ -65,15 +70,17 @@ def fit(model: Network, weights: Weights) -> LoadReport:
                 f"weights of {weights.title} are not those of {model.config['name']}: the file {kind} {some}, which "
                 f"{'is' if len(keys) == 1 else 'are'} {other} ({len(keys)} such)"
             )
+    notes += dtype_note(state, target)
     for key, tensor in state.items():
         wanted = target[key]
         if tensor.shape != wanted.shape and _trim(tensor) == _trim(wanted):
             tensor = tensor.reshape(wanted.shape)
         if tensor.shape != wanted.shape:
             raise ValueError(_shape_message(model, weights, key, tensor, wanted))
-        state[key] = tensor.to(dtype=wanted.dtype)
+        state[key] = cast(key, tensor, wanted, weights.title)
     on_meta = any(tensor.is_meta for tensor in target.values())
-    model.load_state_dict(state, assign=on_meta)
+    # A network without memory of its own must not share the caller's.
+    model.load_state_dict({key: t.clone() for key, t in state.items()} if on_meta else state, assign=on_meta)
     if weights.preprocessing is not None:
         model.preprocessing = _for_channels(weights.preprocessing, model.in_chans)
     return LoadReport(weights.title, len(state), notes)
@@ -91,7 +98,7 @@ def _fit_classifier(model: Network, state: State, target: State, notes: list[str
     if classes == model.num_classes:
         return
     if classes == model.num_classes + 1 == BACKGROUND_TOO:
-        state["fc.weight"], state["fc.bias"] = state["fc.weight"][1:], state["fc.bias"][1:]
+        state |= {key: state[key][1:] for key in ("fc.weight", "fc.bias") if key in state}
         notes.append("fc: class 0 of 1,001, the background, is left out")
         return
     for key in ("fc.weight", "fc.bias"):
@@ -124,7 +131,7 @@ def _fold_biases(state: State, target: State, notes: list[str]) -> None:
     folded = 0
     for key in [key for key in state if key.endswith(".conv.bias") and key not in target]:
         mean = key.removesuffix("conv.bias") + "bn.running_mean"
-        if mean in state:
+        if mean in state and state[mean].shape == state[key].shape:
             state[mean] = state[mean] - state.pop(key)
             folded += 1
     if folded:
@@ -163,7 +170,8 @@ def _shape(tensor: Tensor) -> str:
 
 def se_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Options of `create_model` for SE blocks as wide as those of a state dict; {} for the defaults, or if none do."""
-    widths = {tensor.shape[1]: tensor.shape[0] for key, tensor in state.items() if key.endswith(".se.fc1.weight")}
+    layers = [tensor for key, tensor in state.items() if key.endswith(".se.fc1.weight") and tensor.dim() > 1]
+    widths = {tensor.shape[1]: tensor.shape[0] for tensor in layers}
     if not widths:
         return {}
     widest = max(widths)

@@ -1,6 +1,8 @@
 """Weights of any known kind into a network, or the reason why its outputs would be wrong."""
 
+import functools
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,37 +10,59 @@ from torch import nn
 
 from ..base import Network
 from ..registry import entry
+from .download import resolve
 from .files import read_weights, unwrapped
 from .fit import BACKGROUND_TOO, LoadReport, Weights, fit, se_options
-from .sources import recognise
-
-# Options in which a network may differ from the one that was saved: head and input are adapted, dilation is meant for
-# weights that were trained without, and the others change nothing in evaluation.
-FREE = (
-    *("num_classes", "in_chans", "global_pool", "output_stride"),
-    *("drop_rate", "drop_path_rate", "conv_drop_rate", "zero_init_last", "fused"),
-)
+from .headers import of_header
+from .sources import network_roots, recognise
+from .state_dicts import without_wrappers
+from .tensors import check_tensors
 
 
-def open_weights(weights: str | Path | Mapping[str, Any], source: str = "auto") -> Weights:
-    """Read weights and recognise them; arguments and errors are those of `load_weights`."""
-    header = None
+def open_weights(
+    weights: str | Path | Mapping[str, Any], source: str = "auto", use_ema: bool = True, untold: bool = True
+) -> Weights:
+    """Read weights and recognise them; arguments and errors are those of `load_weights`.
+
+    Args:
+        weights, source, use_ema: as there.
+        untold: note what their keys cannot tell; False where it is known otherwise.
+    """
     if isinstance(weights, Mapping):
-        state = unwrapped(weights, "weights")
+        content, header, where = weights, None, "weights"
     elif isinstance(weights, str | Path):
-        state, header = read_weights(Path(weights).expanduser())
+        where = str(weights)
+        content, header = read_weights(Path(weights).expanduser())
     else:
         raise TypeError(f"weights must be a path or a state dict; got {type(weights).__name__}")
     if header is not None:
-        options = entry(header.model).options() | header.options
-        needs = {name: value for name, value in options.items() if name not in FREE}
-        title = f"setriton {header.model}"
-        of_file = (header.preprocessing, False, header.model, header.options, header.origin)
-        return Weights(state, title, needs, *of_file)
+        return of_header(without_wrappers(content), header, where)
+    state, notes = unwrapped(content, where, functools.partial(network_roots, source=source), use_ema)
+    check_tensors(state, where)
     known = recognise(state, source)
     state = known.translate(state)
+    if "fc.weight" in state and state["fc.weight"].dim() < 2:
+        axes = state["fc.weight"].dim()
+        raise ValueError(f"weights of {known.title} must have a row for each class; fc.weight has {axes} axes")
     needs = known.network_needs(state)
-    return Weights(state, known.title, needs, known.preprocessing, known.published_dropout)
+    notes += [known.untold] if untold and known.untold else []
+    return Weights(state, known.title, needs, known.preprocessing, known.published_dropout, notes=tuple(notes))
+
+
+def open_for(name: str, weights: str | Path | Mapping[str, Any], layout: str | None, use_ema: bool) -> Weights:
+    """Weights for network `name`, downloaded where "timm" or a repository is given.
+
+    Raises:
+        ValueError: as for `load_weights`; or the repository says that they are another network's.
+        OSError: they cannot be downloaded.
+    """
+    where, config = resolve(name, weights, layout)
+    is_named = config is not None and config.check(name, repr(weights))
+    opened = open_weights(where, use_ema=use_ema, untold=not is_named)
+    if config is None or opened.model is not None:
+        return opened
+    options = {"global_pool": config.global_pool} if config.global_pool else None
+    return replace(opened, preprocessing=config.preprocessing or opened.preprocessing, options=options)
 
 
 def options_for(name: str, weights: Weights) -> dict[str, Any]:
@@ -57,6 +81,7 @@ def load_weights(
     source: str = "auto",
     *,
     allow: Collection[str] = (),
+    use_ema: bool = True,
 ) -> LoadReport:
     """Load published weights into a network, in place; either all of them, or none and an error.
 
@@ -72,19 +97,22 @@ def load_weights(
             timm (also torchvision), cadene, nvidia, moskomule, mmpretrain; or setriton, a state dict of the same
             options, which are not checked.
         allow: options in which the network may differ from what the weights need, such as "drop_rate".
+        use_ema: of a checkpoint that has averaged weights as well, or alone, take those, as timm does.
 
     Returns:
-        What was loaded, changed and left out. `model.preprocessing` is then what the weights were trained with.
+        What was loaded, chosen, changed and left out, and what the keys cannot tell. `model.preprocessing` is then what
+        the weights were trained with.
 
     Raises:
         TypeError: `model` is none of ours, or `weights` neither a path nor a state dict.
         FileNotFoundError: no such file.
-        ValueError: the source is unknown, the weights are another network's, or need an option that `model` was not
-            built with: the message names it.
+        ValueError: the source is unknown; the file is damaged or holds more than tensors; a tensor is not dense, real
+            and finite; the weights are another network's, or need an option that `model` was not built with: the
+            message names it.
     """
     if not isinstance(model, Network) or not model.config:
         raise TypeError(f"model must be a network that create_model built; got {type(model).__name__}")
-    return load_opened(model, open_weights(weights, source), allow)
+    return load_opened(model, open_weights(weights, source, use_ema), allow)
 
 
 def load_opened(model: Network, weights: Weights, allow: Collection[str] = ()) -> LoadReport:

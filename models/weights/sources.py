@@ -1,7 +1,7 @@
 """Where weights come from: how their keys tell, what our keys are, what the network must be to run them."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,19 +36,32 @@ class Source:
     """What the images must be; None where the keys do not tell: then the network's own default stays."""
     prepare: Callable[[State], State] | None = None
     """What must happen to the tensors before keys are renamed."""
+    untold: str = ""
+    """Networks that have these keys and shapes and compute something else."""
 
-    def recognises(self, keys: Iterable[str]) -> bool:
-        keys = list(keys)
-        return all(any(re.fullmatch(mark, key) for key in keys) for mark in self.marks)
+    def roots(self, keys: Iterable[str]) -> list[str]:
+        """Branches ("" the root) below which the keys are those of this source, from the outermost."""
+        found: list[set[str]] = []
+        for mark in self.marks:
+            pattern = re.compile(rf"(?:(.*?)\.)?(?:{mark})")
+            found.append({match[1] or "" for key in keys if (match := pattern.fullmatch(key))})
+        return sorted(set.intersection(*found), key=len)
 
     def translate(self, state: State) -> State:
-        """The state dict under our keys."""
+        """The state dict under our keys.
+
+        Raises:
+            ValueError: two tensors have one name there, or one is no blob of Caffe's layers.
+        """
         state = state if self.prepare is None else self.prepare(state)
-        renamed = {}
+        renamed: State = {}
         for key, tensor in state.items():
+            name = key
             for pattern, replacement in self.renames:
-                key = re.sub(pattern, replacement, key)
-            renamed[key] = tensor
+                name = re.sub(pattern, replacement, name)
+            if name in renamed:
+                raise ValueError(f"weights of {self.title} must have one {name}; {key} is the second")
+            renamed[name] = tensor
         return renamed
 
     def network_needs(self, state: State) -> dict[str, Any]:
@@ -66,6 +79,15 @@ def _next_digit(match: re.Match[str]) -> str:
 
 
 _TORCH, _CAFFE = {"layout": "torch"}, {"layout": "caffe"}
+# timm and torchvision have options that no key shows.
+_UNTOLD_TIMM = (
+    "keys cannot tell networks that pool, activate or dilate otherwise, such as timm's resnetaa50 and resnetblur50: if "
+    "the weights are of such a one, the outputs are wrong"
+)
+_UNTOLD_MMPRETRAIN = (
+    'keys cannot tell style="caffe", which has the stride in the first 1x1 convolution: if the weights are of it, the '
+    "outputs are wrong"
+)
 _SENET154_STEM = (
     (r"^layer0\.conv1\.", "conv1.0."),
     (r"^layer0\.bn1\.", "conv1.1."),
@@ -189,6 +211,7 @@ SOURCES = (
         ),
         _TORCH,
         preprocessing=Preprocessing(),
+        untold=_UNTOLD_MMPRETRAIN,
     ),
     Source(
         "cadene",
@@ -223,10 +246,27 @@ SOURCES = (
         "timm or torchvision",
         (r"conv1\.(0\.)?weight", r"layer1\.0\.conv1\.weight"),
         needs=_TORCH,
+        untold=_UNTOLD_TIMM,
     ),
     # Last: ResNets' keys are timm's, and files of setriton say more than their keys.
-    Source("setriton", "setriton", (r"fc\.weight|layer1\..*|stage3\..*|conv2d_1a\..*",)),
+    Source("setriton", "setriton", (r"(layer1|stage3|conv2d_1a)\..*",)),
 )
+
+
+def _of(source: str) -> list[Source]:
+    names = list(dict.fromkeys(known.name for known in SOURCES))
+    if source != "auto" and source not in names:
+        raise ValueError(f"source must be auto or one of {', '.join(names)}; got {source!r}")
+    return [known for known in SOURCES if source in ("auto", known.name)]
+
+
+def network_roots(keys: Sequence[str], source: str = "auto") -> list[str]:
+    """Branches below which the keys are those of a known source.
+
+    Raises:
+        ValueError: no source is called `source`.
+    """
+    return [root for known in _of(source) for root in known.roots(keys)]
 
 
 def recognise(state: State, source: str = "auto") -> Source:
@@ -235,10 +275,8 @@ def recognise(state: State, source: str = "auto") -> Source:
     Raises:
         ValueError: no source is called `source`, or the keys are not those of it, or of any if it is auto.
     """
+    found = next((known for known in _of(source) if "" in known.roots(state)), None)
     names = list(dict.fromkeys(known.name for known in SOURCES))
-    if source != "auto" and source not in names:
-        raise ValueError(f"source must be auto or one of {', '.join(names)}; got {source!r}")
-    found = next((s for s in SOURCES if source in ("auto", s.name) and s.recognises(state)), None)
     if found is None:
         whose = "weights of a known kind" if source == "auto" else f"weights of {source}"
         raise ValueError(f"these must be {whose} ({', '.join(names)}); got keys such as {', '.join(list(state)[:3])}")

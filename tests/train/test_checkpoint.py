@@ -178,8 +178,7 @@ def test_no_file_of_a_checkpoint_can_run_code(run: TrainConfig, tmp_path: Path) 
         if file != "commit.json":
             rewrite_commit(folder, lambda commit, path=folder / file: commit["files"].update({path.name: sha256(path)}))
         with pytest.raises(ValueError, match=message):
-            Commit.read(folder)
-            train(replaced)
+            Commit.read(folder) if file == "commit.json" else train(replaced)
 
     # A file that torch's own format would read is not looked at.
     (newest / ".metadata").write_bytes(malicious)

@@ -253,6 +253,19 @@ def test_workers_and_accumulation_change_no_sample(
         assert torch.equal(plain, other)
 
 
+def test_random_numbers_of_dropout_are_others_at_each_step(short: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    train_step = Trainer.train_step
+
+    def look(trainer: Trainer, micro_batches: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        train_step(trainer, micro_batches)
+        seeds.append(torch.initial_seed())
+
+    monkeypatch.setattr(Trainer, "train_step", look)
+    train(short)
+    assert len(set(seeds)) == len(seeds) == 2
+
+
 def test_unknown_networks_are_refused_before_anything_is_written(short: TrainConfig) -> None:
     with pytest.raises(ValueError, match="se_resnet21"):
         train(replace(short, model=ModelConfig("se_resnet21")))

@@ -30,22 +30,10 @@ def names(out: Path) -> list[str]:
     return sorted(path.name for path in (out / "checkpoints").iterdir())
 
 
-@pytest.fixture(scope="module")
-def finished() -> Iterator[dict[str, Path]]:
-    """Remembers the undisturbed run, which every test of this file compares with."""
-    runs: dict[str, Path] = {}
-    yield runs
-    for out in runs.values():
-        shutil.rmtree(out, ignore_errors=True)
-
-
 @pytest.fixture
-def run(config: TrainConfig, finished: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+def run(config: TrainConfig, undisturbed: Path) -> TrainConfig:
     """A copy of a finished run with checkpoints at steps 20 and 22."""
-    if "run" not in finished:
-        finished["run"] = tmp_path_factory.mktemp("finished")
-        train(replace(config, out=finished["run"]))
-    shutil.copytree(finished["run"], config.out)
+    shutil.copytree(undisturbed, config.out)
     return config
 
 
@@ -67,7 +55,7 @@ def remove(path: Path) -> None:
 @pytest.mark.parametrize("file", ["shard-00001-model-00001-of-00001.safetensors", "commit.json"])
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
     run: TrainConfig,
-    finished: dict[str, Path],
+    undisturbed: Path,
     assert_same_run: SameRun,
     capfd: pytest.CaptureFixture[str],
     damage: Callable[[Path], None],
@@ -80,7 +68,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
     assert "step-00000022 is not valid" in output.err
     assert file in output.err
     assert names(run.out) == ["step-00000020", "step-00000022", "step-00000022.invalid"]
-    assert_same_run(run.out, finished["run"])
+    assert_same_run(run.out, undisturbed)
 
 
 def test_damage_twice_keeps_both(run: TrainConfig) -> None:
@@ -91,7 +79,7 @@ def test_damage_twice_keeps_both(run: TrainConfig) -> None:
 
 
 def test_without_any_valid_checkpoint_the_run_starts_again_and_says_so(
-    run: TrainConfig, finished: dict[str, Path], assert_same_run: SameRun, capfd: pytest.CaptureFixture[str]
+    run: TrainConfig, undisturbed: Path, assert_same_run: SameRun, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for name in names(run.out):
         truncate(run.out / "checkpoints" / name / "commit.json")
@@ -99,17 +87,17 @@ def test_without_any_valid_checkpoint_the_run_starts_again_and_says_so(
     output = capfd.readouterr()
     assert output.err.count("is not valid") == 2
     assert "starting from the beginning" in output.out
-    assert_same_run(run.out, finished["run"])
+    assert_same_run(run.out, undisturbed)
 
 
 def test_what_a_dead_save_left_behind_is_no_checkpoint(
-    run: TrainConfig, finished: dict[str, Path], assert_same_run: SameRun
+    run: TrainConfig, undisturbed: Path, assert_same_run: SameRun
 ) -> None:
     newest = run.out / "checkpoints" / "step-00000022"
     newest.rename(newest.with_name("step-00000022.tmp"))
     train(replace(run, resume=True))
     assert names(run.out) == ["step-00000020", "step-00000022"]
-    assert_same_run(run.out, finished["run"])
+    assert_same_run(run.out, undisturbed)
 
 
 @contextmanager

@@ -111,15 +111,13 @@ def test_a_stopped_run_goes_on_where_it_was(
 
 
 def test_a_stopped_run_ends_like_an_undisturbed_one(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, assert_same_run: SameRun, tmp_path: Path
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, assert_same_run: SameRun, undisturbed: Path
 ) -> None:
-    train(config)
-    stopped = replace(config, out=tmp_path / "stopped")
     with monkeypatch.context() as patch:
         before_step(patch, 13, lambda trainer: os.kill(os.getpid(), signal.SIGUSR1))
-        train(stopped)
-    train(replace(stopped, resume=True))
-    assert_same_run(stopped.out, config.out)
+        train(config)
+    train(replace(config, resume=True))
+    assert_same_run(config.out, undisturbed)
 
 
 def test_signal_handlers_are_given_back(short: TrainConfig) -> None:

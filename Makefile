@@ -21,12 +21,17 @@ GPU_SECONDS ?= 100
 # What make sanitize runs: a kernel in it takes tens of times as long.
 SANITIZE ?= tests/kernels -k "empty_batch or layouts_of_input or mixed_dtypes or strided_weights"
 
-.PHONY: help install demo test test-oldest lint kernels gpu sanitize clean
+# Words of the faults that make mutants plants; unset, all of them.
+MUTANTS ?=
+
+.PHONY: help install demo test tests test-oldest lint kernels fuzz mutants gpu sanitize clean
 
 help:
 	@echo "make demo         train SE-ResNet-20 and its plain twin on real digits, draw their curves (minutes on two cores)"
 	@echo "make test         everything that needs no GPU: lint, types, kernels in Triton's interpreter, training, packaging"
-	@echo "make test-oldest  the same on torch 2.11, the oldest supported"
+	@echo "make test-oldest  the same on torch 2.11, the oldest supported, but lint and types"
+	@echo "make fuzz         10,000 generated SE programs, rewritten and compared with eager PyTorch"
+	@echo "make mutants      plant faults one at a time and see that tests fail (minutes; MUTANTS=\"words of some\")"
 	@echo "make gpu          on a machine with a GPU: tests on it, then benchmarks into bench/results/<device>/"
 	@echo "make sanitize     on a machine with an NVIDIA GPU: some kernel tests in compute-sanitizer's memcheck and racecheck"
 	@echo "make clean        remove the environments and everything made here"
@@ -45,7 +50,9 @@ demo: $(INSTALLED)
 	@echo "== training two networks on real images; results go to out/demo"
 	$(BIN)/python -m setriton demo $(DEMO)
 
-test: lint kernels
+test: lint tests
+
+tests: kernels
 	@echo "== reference path, networks, training under torchrun, command line, packaging"
 	$(PYTEST) tests --ignore tests/kernels --benchmark-disable
 
@@ -59,8 +66,17 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Without lint: torch's own types differ between releases, and the newest one's are the ones to fit.
 test-oldest:
-	$(MAKE) test VENV=.venv-oldest CONSTRAINTS='$(OLDEST)'
+	$(MAKE) tests VENV=.venv-oldest CONSTRAINTS='$(OLDEST)'
+
+fuzz: $(INSTALLED)
+	@echo "== 10,000 generated programs against eager PyTorch; SETRITON_SEED chooses others"
+	SETRITON_PROGRAMS=$${SETRITON_PROGRAMS:-10000} $(PYTEST) -rP tests/compile/test_generated.py
+
+mutants: $(INSTALLED)
+	@echo "== faults of tests/mutants.toml, each planted in a copy of the tree: their tests must fail"
+	$(BIN)/python -P tests/support/mutants.py $(MUTANTS)
 
 # A machine lent for its GPU often has torch and no package index: then its own Python serves, and hubconf.py, which finds
 # the package in a checkout, stands in for an installation.

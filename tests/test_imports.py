@@ -1,11 +1,14 @@
 """What importing costs, and what it must not need; each in a fresh process."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from setriton import kernels
 
 
 def run_python(code: str) -> str:
@@ -14,14 +17,24 @@ def run_python(code: str) -> str:
     return done.stdout.strip()
 
 
-def test_import_brings_none_of_the_heavy_packages() -> None:
-    code = """
-import sys, setriton
-setriton.squeeze_excite, setriton.SqueezeExcite, setriton.create_model("se_resnet20")
-print(*(name for name in ("torchvision", "timm", "sklearn", "tyro", "rich", "matplotlib") if name in sys.modules))
-print(any(name.startswith("setriton.kernels.squeeze") for name in sys.modules))
+KERNEL_MODULES = sorted(
+    f"setriton.kernels.{path.stem}"
+    for path in Path(kernels.__file__).parent.glob("*.py")
+    if re.search(r"^(import|from) triton", path.read_text(), re.MULTILINE)
+)
+
+
+def test_import_and_use_on_the_cpu_bring_none_of_the_heavy_packages_and_no_kernels() -> None:
+    code = f"""
+import sys, setriton, torch
+model = setriton.create_model("se_resnet20")
+setriton.squeeze_excite, setriton.SqueezeExcite
+model(torch.randn(1, 3, 32, 32)).sum().backward()
+heavy = ["torchvision", "timm", "sklearn", "tyro", "rich", "matplotlib", *{KERNEL_MODULES!r}]
+print("setriton.models" in sys.modules, [name for name in heavy if name in sys.modules])
 """
-    assert run_python(code).splitlines() in (["", "False"], ["False"])
+    assert {"setriton.kernels.forward_kernel", "setriton.kernels.primitives"} <= set(KERNEL_MODULES)
+    assert run_python(code) == "True []"
 
 
 def test_import_alone_imports_no_torch_and_no_triton() -> None:

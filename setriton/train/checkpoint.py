@@ -1,4 +1,8 @@
-"""Checkpoints that are whole or not there: written aside, hashed, forced to disk, then renamed."""
+"""Checkpoints that are whole or not there: written aside, hashed, forced to disk, then renamed.
+
+A hash tells damage, not who wrote a file: so nothing in a checkpoint can run code. Tensors are in safetensors files,
+one for each rank, whose headers say which part of which tensor they hold; all else is JSON.
+"""
 
 import hashlib
 import json
@@ -10,15 +14,25 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
 from setriton.files import fsync, publish, sha256
 from setriton.train.distributed import World
 
 _COMMIT = "commit.json"
+_FORMAT = 2
+"""Of checkpoints. The first had a pickle in them."""
+
+
+class ForeignCheckpoint(ValueError):
+    """A checkpoint that is whole, and not for this version to read: the run must not go on without it."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +49,7 @@ class Commit:
     """SHA-256 of every file."""
     torch: str
     world_size: int
+    format: int = _FORMAT
 
     def write(self, folder: Path) -> None:
         body = json.dumps(vars(self), sort_keys=True)
@@ -47,24 +62,56 @@ class Commit:
         """The commit of a valid checkpoint.
 
         Raises:
+            ForeignCheckpoint: another version of this package wrote it.
             ValueError: something is missing or not as it was written.
         """
         try:
             content = json.loads((folder / _COMMIT).read_text())
-            body = json.dumps(content["commit"], sort_keys=True)
-            intact = content["sha256"] == _digest(body)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            fields = dict(content["commit"])
+            intact = content["sha256"] == _digest(json.dumps(fields, sort_keys=True))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{_COMMIT} cannot be read: {error}") from None
         if not intact:
             raise ValueError(f"{_COMMIT} is damaged")
-        commit = cls(**content["commit"])
-        for name, digest in commit.files.items():
+        version = fields.setdefault("format", 1)
+        if version != _FORMAT:
+            reason = "it holds a pickle, which can run any code, and is not read" if version == 1 else "it is newer"
+            raise ForeignCheckpoint(f"{folder} has checkpoint format {version!r}, wanted {_FORMAT}: {reason}")
+        try:
+            commit = cls(**fields)
+            step, files = _name(commit.step), dict(commit.files)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{_COMMIT} has other fields than a commit: {error}") from None
+        if folder.name != step:
+            raise ValueError(f"{_COMMIT} is of step {commit.step!r}")
+        if unknown := sorted({path.name for path in folder.glob("*.safetensors")} - set(files)):
+            raise ValueError(f"{unknown[0]} does not belong to it")
+        for name, digest in files.items():
             path = folder / name
             if not path.is_file():
                 raise ValueError(f"{name} is missing")
             if sha256(path) != digest:
                 raise ValueError(f"{name} is damaged")
         return commit
+
+
+class _Planner(DefaultSavePlanner):
+    """Files hold dense tensors; loading copies them into parameters of any layout."""
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        data = super().resolve_data(write_item)
+        return data.contiguous() if isinstance(data, torch.Tensor) else data
+
+
+class _Writer(HuggingFaceStorageWriter):
+    """One safetensors file for each rank that has something to save; rank 0 learns their names."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder), save_distributed=True)
+        self.written: set[str] = set()
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        self.written = {result.storage_data.relative_path for of_rank in results for result in of_rank}
 
 
 class Checkpointer:
@@ -105,8 +152,9 @@ class Checkpointer:
             # The first save of a new run: the folder is its own by now.
             self._remove_leftovers()
         problem: str | None = None
+        writer = _Writer(temporary)
         try:
-            save(_state(model, optimizer), checkpoint_id=temporary)
+            save(_state(model, optimizer), storage_writer=writer, planner=_Planner())
         except CheckpointException as error:
             # Raised alike on all ranks, with every rank's own exception inside; a write that fails in torch's
             # serializer surfaces as a RuntimeError.
@@ -117,7 +165,7 @@ class Checkpointer:
         if self.world.is_rank0:
             try:
                 if problem is None:
-                    self._publish(temporary, step, progress)
+                    self._publish(temporary, writer.written, step, progress)
             except OSError as error:
                 problem = f"{error}"
             if problem is not None:
@@ -135,11 +183,10 @@ class Checkpointer:
         Damaged ones are renamed to *.invalid and reported. The number of ranks may differ from the one that saved.
 
         Raises:
-            ValueError: the checkpoint belongs to another run, or this torch cannot read it.
+            ForeignCheckpoint: the newest one is of another version of this package.
+            ValueError: the checkpoint belongs to another run, or does not hold the tensors of this one.
         """
-        if self.world.is_rank0:
-            self._remove_leftovers()
-        commit: Commit | None = self.world.from_rank0(self._select() if self.world.is_rank0 else None)
+        commit = self._newest_valid()
         if commit is None:
             return None
         path = self.folder / _name(commit.step)
@@ -149,20 +196,18 @@ class Checkpointer:
             raise ValueError(f"{path} belongs to another run: it has {'; '.join(different)}. Choose another out")
         state = _state(model, optimizer)
         try:
-            load(state, checkpoint_id=path)
+            load(state, storage_reader=HuggingFaceStorageReader(str(path)))
         except CheckpointException as error:
             cause, _ = next(iter(error.failures.values()))
             raise ValueError(
                 f"{path}, written by torch {commit.torch}, cannot be loaded by torch {torch.__version__}: {cause!r}"
             ) from error
-        for parameter, momentum in zip(_trained(model).values(), state["momentum"].values(), strict=True):
+        for parameter, momentum in zip(model.parameters(), state["momentum"].values(), strict=True):
             optimizer.state[parameter]["momentum_buffer"] = momentum
         self.last_step = commit.step
         return commit
 
-    def _publish(self, temporary: Path, step: int, progress: dict[str, Any]) -> None:
-        data = FileSystemReader(temporary).read_metadata().storage_data or {}
-        written = {entry.relative_path for entry in data.values()} | {".metadata"}
+    def _publish(self, temporary: Path, written: set[str], step: int, progress: dict[str, Any]) -> None:
         lost = sorted(name for name in written if not (temporary / name).is_file())
         if lost:
             raise OSError(f"{temporary} lacks {lost}: out must be one folder that all ranks share")
@@ -179,11 +224,27 @@ class Checkpointer:
         for leftover in self.folder.glob("step-*.tmp"):
             shutil.rmtree(leftover)
 
+    def _newest_valid(self) -> Commit | None:
+        """What rank 0 finds, or the error that it meets, on every rank."""
+        found: Commit | ForeignCheckpoint | None = None
+        if self.world.is_rank0:
+            self._remove_leftovers()
+            try:
+                found = self._select()
+            except ForeignCheckpoint as error:
+                found = error
+        found = self.world.from_rank0(found)
+        if isinstance(found, ForeignCheckpoint):
+            raise found
+        return found
+
     def _select(self) -> Commit | None:
         for step in sorted(_steps(self.folder), reverse=True):
             path = self.folder / _name(step)
             try:
                 return Commit.read(path)
+            except ForeignCheckpoint:
+                raise
             except ValueError as error:
                 quarantined = _free_name(path)
                 path.rename(quarantined)
@@ -192,16 +253,15 @@ class Checkpointer:
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Tensors to save, or to load into; momentum that does not exist yet is zero, as SGD takes it."""
+    """Tensors to save, or to load into; momentum that does not exist yet is zero, as SGD takes it.
+
+    Frozen parameters have momentum too: a checkpoint from before a freeze then loads after it, and the other way round.
+    """
     momentum = {
         name: optimizer.state[parameter].get("momentum_buffer", torch.zeros_like(parameter))
-        for name, parameter in _trained(model).items()
+        for name, parameter in model.named_parameters()
     }
     return {"model": model.state_dict(), "momentum": momentum}
-
-
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def is_finite(model: nn.Module, world: World) -> bool:

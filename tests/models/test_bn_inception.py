@@ -199,6 +199,7 @@ def test_feature_maps() -> None:
     extractor: Any = create_model("bn_inception", features_only=True, out_indices=(1, 3))
     assert [level["reduction"] for level in extractor.feature_info] == [4, 16]
     assert [tuple(m.shape[1:]) for m in extractor(x)] == [shapes[1], shapes[3]]
+    assert any(key.startswith("stage5") for key in model.state_dict())
     assert not any(key.startswith("network.stage5") for key in extractor.state_dict())
 
 

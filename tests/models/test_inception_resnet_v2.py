@@ -217,6 +217,7 @@ def test_feature_maps() -> None:
     assert torch.equal(last, model.forward_features(x))
     extractor: Any = create_model("inception_resnet_v2", repeats=SHALLOW, features_only=True, out_indices=(2, 3))
     assert [tuple(m.shape[1:]) for m in extractor(x)] == shapes[2:4]
+    assert any(key.startswith("mixed_7a") for key in model.state_dict())
     assert not any(key.startswith("network.mixed_7a") for key in extractor.state_dict())
 
 

@@ -1,9 +1,10 @@
 """Runs of a few steps on digits, in this process or on several under torchrun."""
 
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from setriton.train import (
     ParallelConfig,
     ScheduleConfig,
     TrainConfig,
+    train,
 )
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -55,6 +57,25 @@ def short(config: TrainConfig) -> TrainConfig:
         batch_size=512,
         log_every=1,
     )
+
+
+@pytest.fixture(scope="session")
+def finished() -> Iterator[dict[str, Path]]:
+    """Remembers the run of `undisturbed`."""
+    runs: dict[str, Path] = {}
+    yield runs
+    for out in runs.values():
+        shutil.rmtree(out, ignore_errors=True)
+
+
+@pytest.fixture
+def undisturbed(config: TrainConfig, finished: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the run of `config`, which tests compare with and copy, and do not change."""
+    if "run" not in finished:
+        out = tmp_path_factory.mktemp("finished")
+        train(replace(config, out=out))
+        finished["run"] = out
+    return finished["run"]
 
 
 @pytest.fixture

@@ -111,15 +111,13 @@ def test_a_stopped_run_goes_on_where_it_was(
 
 
 def test_a_stopped_run_ends_like_an_undisturbed_one(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, assert_same_run: SameRun, tmp_path: Path
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, assert_same_run: SameRun, undisturbed: Path
 ) -> None:
-    train(config)
-    stopped = replace(config, out=tmp_path / "stopped")
     with monkeypatch.context() as patch:
         before_step(patch, 13, lambda trainer: os.kill(os.getpid(), signal.SIGUSR1))
-        train(stopped)
-    train(replace(stopped, resume=True))
-    assert_same_run(stopped.out, config.out)
+        train(config)
+    train(replace(config, resume=True))
+    assert_same_run(config.out, undisturbed)
 
 
 def test_signal_handlers_are_given_back(short: TrainConfig) -> None:
@@ -251,6 +249,19 @@ def test_workers_and_accumulation_change_no_sample(
     train(replace(short, out=tmp_path / "changed", parallel=changed, data=replace(short.data, workers=1)))
     for plain, other in zip(seen["plain"], seen["changed"], strict=True):
         assert torch.equal(plain, other)
+
+
+def test_random_numbers_of_dropout_are_others_at_each_step(short: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    train_step = Trainer.train_step
+
+    def look(trainer: Trainer, micro_batches: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        train_step(trainer, micro_batches)
+        seeds.append(torch.initial_seed())
+
+    monkeypatch.setattr(Trainer, "train_step", look)
+    train(short)
+    assert len(set(seeds)) == len(seeds) == 2
 
 
 def test_unknown_networks_are_refused_before_anything_is_written(short: TrainConfig) -> None:

@@ -1,10 +1,12 @@
 """Kernel tests run on the GPU where there is one, else in Triton's interpreter (TRITON_INTERPRET=1) on the CPU."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
+from setriton.bench.instruments.memory import check_memory
 from setriton.ops import INTERPRET
 
 if INTERPRET:
@@ -41,3 +43,13 @@ def device() -> torch.device:
     if not INTERPRET:
         pytest.skip("kernels need a GPU, or TRITON_INTERPRET=1 (make test runs them so)")
     return torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _checked_memory() -> Iterator[None]:
+    """Every interpreted launch of every test: in bounds, nothing read that nobody wrote, no race."""
+    if not INTERPRET:
+        yield
+        return
+    with check_memory():
+        yield

@@ -17,6 +17,7 @@ import torch
 from .happens_before import Order
 from .interpreter import Access, Addresses, Argument, Atomic, Launch, MemoryFault, Watcher, watched_by
 from .unwritten import poisoned_empty, set_unwritten, unwritten_bytes
+from .waits import Waits
 
 
 class Unwritten(MemoryFault):
@@ -34,8 +35,9 @@ def check_memory() -> Iterator[None]:
     Raises:
         RuntimeError: the process does not interpret kernels.
         MemoryFault: in the launch, as the text of the interpreter's error: OutOfBounds, Unwritten or Race.
+        Deadlock: likewise, where a program waits for one that comes later.
     """
-    with poisoned_empty(), watched_by(MemoryCheck()):
+    with poisoned_empty(), watched_by(MemoryCheck(), Waits()):
         yield
 
 

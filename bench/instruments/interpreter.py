@@ -7,6 +7,7 @@ leaves them alone, so each access is held against the tensor it was meant for, a
 import contextlib
 import inspect
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -140,18 +141,14 @@ def watched_by(*watchers: Watcher) -> Iterator[None]:
 
 
 def kernel_line() -> str:
-    """File and line of the kernel that is at work."""
-    from triton.runtime import interpreter
-
-    skipped = (interpreter.__file__, __file__.rpartition("instruments")[0] + "instruments")
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
-        name = frame.f_code.co_filename
-        is_library = name.startswith(skipped) or "/triton/" in name or "/unittest/" in name or name.startswith("<")
-        if not is_library:
-            return f"{name.rpartition('/')[2]}:{frame.f_lineno}"
+    """Files and lines of the kernel that is at work, from its body to the function it is in."""
+    lines, frame = [], sys._getframe(1)
+    while frame is not None and frame.f_code.co_qualname not in ("GridExecutor.__call__", "Thread.run"):
+        name, code = frame.f_code.co_filename, frame.f_code.co_qualname
+        if "/triton/" not in name and "/unittest/" not in name and os.path.dirname(name) != os.path.dirname(__file__):
+            lines.append(f"{name.rpartition('/')[2]}:{frame.f_lineno} {code}")
         frame = frame.f_back
-    return "an unknown line"
+    return " in ".join(lines)
 
 
 class _Hooks:

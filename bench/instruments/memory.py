@@ -37,7 +37,8 @@ def check_memory() -> Iterator[None]:
         MemoryFault: in the launch, as the text of the interpreter's error: OutOfBounds, Unwritten or Race.
         Deadlock: likewise, where a program waits for one that comes later.
     """
-    with poisoned_empty(), watched_by(MemoryCheck(), Waits()):
+    waits = Waits()
+    with poisoned_empty(), watched_by(MemoryCheck(), waits), waits.comparing():
         yield
 
 

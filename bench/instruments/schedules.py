@@ -6,6 +6,7 @@ says who waits for whom.
 """
 
 import contextlib
+import math
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from unittest import mock
 
 import numpy as np
 
-from .interpreter import Access, Atomic, Launch, Watcher, watched_by
+from .interpreter import Access, Atomic, Watcher, watched_by, wrapped
 from .waits import Deadlock, Waits, listed
 
 Program = tuple[tuple[int, int, int], dict[str, Any]]
@@ -38,30 +39,10 @@ def side_by_side(seed: int, resident: int | None = None, in_order: bool = False)
 
     builder = interpreter.interpreter_builder
     schedule = _Schedule(random.Random(seed), resident, in_order, builder)
-    original_call, original_dim = interpreter.GridExecutor.__call__, builder.set_grid_dim
-
-    def call(executor: Any, *arguments: Any, **options: Any) -> None:
-        function = executor.fn
-
-        def set_grid_dim(*grid: int) -> None:
-            # From here on the executor only loops over the grid: collect its programs, and run them at the last.
-            original_dim(*grid)
-            programs: list[Program] = []
-
-            def collect(**values: Any) -> None:
-                programs.append((tuple(builder.grid_idx), values))
-                if len(programs) == grid[0] * grid[1] * grid[2]:
-                    schedule.run(function, programs)
-
-            executor.fn = collect
-
-        with mock.patch.object(builder, "set_grid_dim", set_grid_dim):
-            original_call(executor, *arguments, **options)
-
     with (
         watched_by(schedule.waits, schedule),
         schedule.waits.comparing(),
-        mock.patch.object(interpreter.GridExecutor, "__call__", call),
+        wrapped(interpreter.GridExecutor, "__call__", schedule.call),
     ):
         yield
 
@@ -75,6 +56,22 @@ class _Schedule(Watcher):
         self.order, self.resident, self.in_order, self.builder = order, resident, in_order, builder
         self.waits = Waits(limit=2**31)
         self.here = threading.local()
+
+    def call(self, original: Callable[..., Any], executor: Any, *arguments: Any, **options: Any) -> None:
+        """A launch: the executor only loops over the grid, which collects its programs; the last one runs them."""
+        function, set_grid_dim, programs = executor.fn, self.builder.set_grid_dim, list[Program]()
+
+        def collect(**values: Any) -> None:
+            programs.append((tuple(self.builder.grid_idx), values))
+            if len(programs) == math.prod(self.builder.grid_dim):
+                self.run(function, programs)
+
+        def start(*grid: int) -> None:
+            set_grid_dim(*grid)
+            executor.fn = collect
+
+        with mock.patch.object(self.builder, "set_grid_dim", start):
+            original(executor, *arguments, **options)
 
     def run(self, function: Callable[..., None], programs: list[Program]) -> None:
         """Run all programs, and raise what one of them raises."""

@@ -1,0 +1,236 @@
+"""The memory check sees what it is for: kernels that are wrong in one way each, and their neighbours that are right.
+
+`tests/kernels/conftest.py` has it check every launch of every test; here faults are planted.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from setriton.bench.instruments.schedules import side_by_side
+from setriton.bench.instruments.unwritten import POISON, bytes_of
+from setriton.kernels import schedule
+from setriton.ops import INTERPRET
+
+pytestmark = pytest.mark.skipif(not INTERPRET, reason="memory is checked in the interpreter")
+
+
+@triton.jit
+def _copy_kernel(x_ptr, y_ptr, first, count, limit, BLOCK: tl.constexpr):
+    offs = first + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = (offs < limit) & (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK) < count)
+    tl.store(y_ptr + offs, tl.load(x_ptr + offs, mask), mask)
+
+
+def copy(x: Tensor, y: Tensor, first: int = 0, count: int = 16, limit: int = 16) -> None:
+    _copy_kernel[(2,)](x, y, first, count, limit, BLOCK=8)
+
+
+def fails(message: str, call: Callable[[], object]) -> None:
+    with pytest.raises(Exception, match=message):
+        call()
+
+
+def test_what_is_masked_off_is_not_touched() -> None:
+    x, y = torch.randn(16), torch.empty(16)
+    copy(x, y)
+    assert torch.equal(x, y)
+    copy(torch.randn(11), torch.empty(11), limit=11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_addresses_beyond_a_tensor(dtype: torch.dtype) -> None:
+    x, y = torch.zeros(16, dtype=dtype), torch.zeros(15, dtype=dtype)
+    size = y.nbytes
+    fails(rf"OutOfBounds.*program 1 at test_memory.*stores 1 elements.*outside y \(15\).* of {size}", lambda: copy(x, y))
+    fails(r"OutOfBounds.*program 1 .*loads 1 elements.*outside x \(15\)", lambda: copy(y, x))
+    fails(r"OutOfBounds.*program 0 .*loads 3 elements.*outside x", lambda: copy(x, x, first=-3))
+    fails(r"OutOfBounds.*outside x \(0\)", lambda: copy(x[:0], x))
+
+
+def test_addresses_in_another_tensor() -> None:
+    """That the memory belongs to somebody, even to the same storage, makes no access right."""
+    both = torch.randn(32)
+    x, y = both[:16], both[16:]
+    copy(x, y)
+    fails(r"OutOfBounds.*outside x \(16\)", lambda: copy(x, y, first=4, limit=20))
+    # x is a matrix whose rows stand apart: what is between them is nobody's.
+    rows = torch.randn(4, 8)[:, :4]
+    fails(r"OutOfBounds.*loads 4 elements.*outside x \(4, 4\)", lambda: copy(rows, torch.zeros(28), limit=28, count=8))
+    copy(rows, torch.zeros(28), limit=4)
+
+
+@triton.jit
+def _atomic_kernel(x_ptr, index):
+    tl.atomic_add(x_ptr + index, 1)
+
+
+def test_atomics_beyond_a_tensor() -> None:
+    counter = torch.zeros(2, dtype=torch.int32)
+    _atomic_kernel[(3,)](counter, 1)
+    assert counter.tolist() == [0, 3]
+    fails("OutOfBounds.*changes 1 elements", lambda: _atomic_kernel[(3,)](counter, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8])
+@pytest.mark.parametrize(
+    "empty",
+    [
+        lambda dtype: torch.empty(16, dtype=dtype),
+        lambda dtype: torch.empty_like(torch.zeros(16, dtype=dtype)),
+        lambda dtype: torch.zeros(2, dtype=dtype).new_empty(16),
+        lambda dtype: torch.empty_strided((16,), (1,), dtype=dtype),
+        lambda dtype: torch.empty(16, dtype=dtype).clone(),
+    ],
+    ids=["empty", "empty_like", "new_empty", "empty_strided", "copied"],
+)
+def test_what_nobody_wrote(empty: Callable[[torch.dtype], Tensor], dtype: torch.dtype) -> None:
+    x, y = empty(dtype), torch.zeros(16, dtype=dtype)
+    fails("Unwritten.*program 0 at .* reads elements of x .* that nobody wrote", lambda: copy(x, y))
+    x[:8] = 1
+    copy(x, y, limit=8)
+    fails("Unwritten.*program 1 at .* reads elements of x", lambda: copy(x, y))
+    x.fill_(2)
+    copy(x, y)
+    assert (y == 2).all()
+
+
+def test_what_nobody_wrote_in_another_layout() -> None:
+    x = torch.empty(4, 4).t().contiguous()
+    fails("Unwritten.*program 0", lambda: copy(x.view(16), torch.zeros(16)))
+
+
+def test_what_kernels_wrote_is_known_byte_by_byte() -> None:
+    x, y, z = torch.randn(16), torch.empty(16), torch.zeros(16)
+    copy(x, y, limit=11)
+    copy(y, z, limit=11)
+    assert torch.equal(z[:11], x[:11])
+    fails("Unwritten.*program 1", lambda: copy(y, z, limit=12))
+    x_bytes, y_bytes = x.view(torch.uint8), y.view(torch.uint8)
+    copy(x_bytes, y_bytes[44:], limit=1)
+    fails("Unwritten.*program 1", lambda: copy(y, z, limit=12))
+    copy(y_bytes[44:], x_bytes, limit=1)
+    fails("Unwritten.*program 0", lambda: copy(y_bytes[44:], x_bytes, limit=2))
+
+
+def test_poison_that_a_kernel_wrote_is_a_value() -> None:
+    x, y, z = torch.zeros(16, dtype=torch.uint8), torch.empty(16, dtype=torch.uint8), torch.zeros(16, dtype=torch.uint8)
+    content = bytes_of(x.untyped_storage())
+    content[1:8] = content[9:] = POISON.tobytes()[1]
+    copy(x, y)
+    copy(y, z)
+    assert torch.equal(x, z)
+
+
+@triton.jit
+def _same_place_kernel(x_ptr, y_ptr, READS: tl.constexpr, STORES: tl.constexpr):
+    pid = tl.program_id(0)
+    if STORES == 1 and pid == 0:
+        tl.store(x_ptr, 1.0)
+    if STORES == 2:
+        tl.store(x_ptr, 1.0)
+    if READS:
+        tl.store(y_ptr + pid, tl.load(x_ptr))
+
+
+def test_programs_that_touch_the_same_bytes() -> None:
+    x, y = torch.zeros(1), torch.zeros(4)
+    _same_place_kernel[(4,)](x, y, READS=True, STORES=0)
+    _same_place_kernel[(4,)](x, y, READS=False, STORES=1)
+    _same_place_kernel[(1,)](x, y, READS=True, STORES=2)
+    message = "Race.*program 1 at .* stores elements of x .* that programs 0 have stored; no arrival orders them"
+    fails(message, lambda: _same_place_kernel[(4,)](x, y, READS=False, STORES=2))
+    fails("Race.*program 1 .* reads elements of x .* programs 0 have stored",
+          lambda: _same_place_kernel[(4,)](x, y, READS=True, STORES=1))  # fmt: skip
+
+
+@triton.jit
+def _hand_over_kernel(
+    counter_ptr, x_ptr, y_ptr, programs, HOW: tl.constexpr, AFTER: tl.constexpr, RESETS: tl.constexpr, WAITS: tl.constexpr
+):
+    """All but the last program write x; the last one adds it up, then writes it."""
+    pid = tl.program_id(0)
+    if pid < programs - 1:
+        if not AFTER:
+            tl.store(x_ptr + pid, 1.0)
+        tl.debug_barrier()
+        tl.atomic_add(counter_ptr, 1, sem=HOW)
+        if AFTER:
+            tl.store(x_ptr + pid, 1.0)
+    else:
+        if RESETS:
+            tl.store(counter_ptr, 0)
+        while tl.atomic_add(counter_ptr, 0, sem=WAITS) < programs - 1:
+            pass
+        total = 0.0
+        for other in range(0, programs - 1):
+            total += tl.load(x_ptr + other)
+            tl.store(x_ptr + other, 0.0)
+        tl.store(y_ptr, total)
+
+
+def hand_over(how: str = "release", after: bool = False, resets: bool = False, waits: str = "acquire") -> float:
+    counter, x, y = torch.zeros(1, dtype=torch.int32), torch.zeros(4), torch.empty(1)
+    _hand_over_kernel[(5,)](counter, x, y, 5, how, after, resets, waits)
+    return y.item()
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1, 2])
+def test_an_arrival_orders_programs(seed: int | None) -> None:
+    if seed is None:
+        assert hand_over() == hand_over("acq_rel", waits="acq_rel") == 4
+        return
+    with side_by_side(seed):
+        assert hand_over() == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"how": "relaxed"}, "reads elements of x .* stored"),
+        ({"waits": "relaxed"}, "reads elements of x .* stored"),
+        ({"after": True}, "reads elements of x .* stored"),
+        ({"resets": True}, "stores elements of counter .* changed atomically"),
+    ],
+    ids=["relaxed arrival", "relaxed wait", "stores after arriving", "resets what others count"],
+)
+def test_what_is_no_arrival(arguments: dict, message: str) -> None:
+    fails(f"Race.*program 4 at .* {message}; no arrival orders them", lambda: hand_over(**arguments))
+
+
+@triton.jit
+def _overwrite_kernel(counter_ptr, x_ptr, y_ptr, WAITS: tl.constexpr):
+    """The first program reads x, the second writes it."""
+    if tl.program_id(0) == 0:
+        tl.store(y_ptr, tl.load(x_ptr))
+        schedule.arrive(counter_ptr)
+    else:
+        if WAITS:
+            schedule.wait_for(counter_ptr, 1)
+        tl.store(x_ptr, 1.0)
+
+
+def test_what_others_may_still_read_is_not_overwritten() -> None:
+    counter, x, y = torch.zeros(1, dtype=torch.int32), torch.zeros(1), torch.zeros(1)
+    _overwrite_kernel[(2,)](counter, x, y, WAITS=True)
+    fails("Race.*program 1 at .* stores elements of x .* programs 0 have read",
+          lambda: _overwrite_kernel[(2,)](counter.zero_(), x, y, WAITS=False))  # fmt: skip
+
+
+def test_a_wait_for_a_later_program() -> None:
+    """Where programs run one after another, the interpreter would never come back."""
+    counter, x, y = torch.zeros(1, dtype=torch.int32), torch.zeros(1), torch.zeros(1)
+    message = r"Deadlock.*program 0 at .* waits for counter\[0\]: sees 0, compares it with 1; changed by nobody"
+    fails(message, lambda: _late_kernel[(2,)](counter, x, y))
+
+
+@triton.jit
+def _late_kernel(counter_ptr, x_ptr, y_ptr):
+    if tl.program_id(0) == 0:
+        schedule.wait_for(counter_ptr, 1)
+    else:
+        schedule.arrive(counter_ptr)

@@ -157,6 +157,7 @@ class _Hooks:
     def __init__(self) -> None:
         self.watchers: list[Watcher] = []
         self.launch: Launch | None = None
+        self.patched: set[int] = set()
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -171,6 +172,7 @@ class _Hooks:
                 (interpreter.GridExecutor, "__call__", self._call),
                 (interpreter.InterpreterBuilder, "set_grid_dim", self._set_grid_dim),
                 (interpreter, "_implicit_cvt", self._convert),
+                (interpreter, "_patch_lang", self._patch),
                 (memory, "load", self._load),
                 (memory, "store", self._store),
                 (memory, "atomic_rmw", self._atomic_rmw),
@@ -184,6 +186,7 @@ class _Hooks:
         given = {name: value for name, value in given.items() if name in executor.arg_names}
         tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
         numbers = {name: value for name, value in given.items() if isinstance(value, int | float | str | bool)}
+        self.patched = set()
         self.launch = launch = Launch(inspect.unwrap(executor.fn).__name__, tensors, numbers)
         try:
             for watcher in self.watchers:
@@ -203,10 +206,22 @@ class _Hooks:
         """The kernel's view of an argument: a pointer gets the argument's number."""
         result = original(value)
         if self.launch is not None and hasattr(value, "data_ptr"):
-            names = [n for n, t in self.launch.tensors.items() if t.data_ptr() == value.data_ptr() and t.shape == value.shape]
+            names = [
+                n for n, t in self.launch.tensors.items() if t.data_ptr() == value.data_ptr() and t.shape == value.shape
+            ]
             self.launch.arguments.append(Argument((names or ["a tensor"])[0].removesuffix("_ptr"), value))
             result.handle.data = result.handle.data | np.uint64(len(self.launch.arguments) << BITS)
         return result
+
+    def _patch(self, original: Callable[..., Any], function: Any) -> Any:
+        """Once a launch: patching the language anew at each call of a device function is half of the interpreter's time."""
+        import triton.language as tl
+
+        languages = {id(value) for value in function.__globals__.values() if value is tl or value is tl.core}
+        if self.launch is not None and languages <= self.patched:
+            return None
+        self.patched |= languages
+        return original(function)
 
     def _access(self, pointers: Any, mask: Any, size: int, verb: str) -> Access | None:
         launch = self.launch
@@ -223,7 +238,12 @@ class _Hooks:
         argument = launch.arguments[number - 1] if 0 < number <= len(launch.arguments) else None
         access = Access(launch, program, argument or launch.arguments[0], marked & _ADDRESS, size)
         mark = number << BITS
-        if argument is None or argument.own is not None or low < mark + argument.start or high + size > mark + argument.end:
+        if (
+            argument is None
+            or argument.own is not None
+            or low < mark + argument.start
+            or high + size > mark + argument.end
+        ):
             self._check(access, marked >> _BITS, verb)
         return access
 
@@ -259,7 +279,9 @@ class _Hooks:
     def _atomic_rmw(
         self, original: Callable[..., Any], operation: Any, pointers: Any, values: Any, mask: Any, order: Any
     ) -> Any:
-        return self._atomic(lambda plain: original(operation, plain, values, mask, order), pointers, values, mask, order)
+        return self._atomic(
+            lambda plain: original(operation, plain, values, mask, order), pointers, values, mask, order
+        )
 
     def _atomic_cas(self, original: Callable[..., Any], pointers: Any, wanted: Any, values: Any, order: Any) -> Any:
         mask = np.ones(np.shape(pointers), bool)

@@ -126,7 +126,11 @@ class _States:
     def _checked(self, state: _State, how: str, event: int, access: Access) -> _State:
         if how != "stores" and not state.is_written:
             raise Unwritten(f"{access} {how} elements of {access.argument} that nobody wrote")
-        against = {"reads": ("stored", "atomics"), "stores": ("stored", "read", "atomics"), "changes": ("stored", "read")}
+        against = {
+            "reads": ("stored", "atomics"),
+            "stores": ("stored", "read", "atomics"),
+            "changes": ("stored", "read"),
+        }
         for others in against[how]:
             events = self.order.not_before(access.program, getattr(state, others))
             if events:

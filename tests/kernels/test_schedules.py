@@ -57,19 +57,20 @@ class Drawn:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Drawn:
-    n = draw(st.one_of(st.integers(1, 20), st.integers(1, 300)))
+    # Few images in groups of any size, or groups of several tiles of 64 images, the last of which may have fewer.
+    n, group = draw(st.one_of(
+        st.tuples(st.integers(1, 20), st.integers(1, 20)), st.tuples(st.integers(66, 300), st.integers(66, 140))
+    ))  # fmt: skip
     hw = draw(st.integers(1, max(1, min(40, MOST // n))))
-    # Groups of few tiles of images, and of so many that the last one has fewer tiles.
-    group = draw(st.one_of(st.integers(1, n), st.sampled_from([64, 65, 128])))
-    sizes = {"block_hw": draw(st.sampled_from([1, 2, 4, 16])), "block_c": draw(st.sampled_from([8, 16, 64]))}
+    sizes = {"block_hw": draw(st.sampled_from([1, 2, 4, 16])), "block_c": draw(st.sampled_from([8, 16, 64])) if n <= 20 else 64}
     found = Drawn(
-        draw(st.sampled_from(sorted(KINDS))), n, draw(st.sampled_from([1, 7, 20, 33, 70, 131, 259])),
+        draw(st.sampled_from(sorted(KINDS))), n, draw(st.sampled_from([20, 33, 70, 131, 259] if n <= 20 else [1, 7, 20, 33])),
         draw(st.sampled_from([1, 3, 16, 17, 33, 70])), hw, group, draw(st.sampled_from([1, 1, 2, 3])),
         tiles=draw(st.sampled_from([1, 2, 8])), **sizes,
         channels_last=draw(st.booleans()), has_residual=draw(st.booleans()),
     )  # fmt: skip
     tiles = found.n * -(-found.hw // found.block_hw)
-    assume(tiles <= MOST and tiles * -(-found.c // found.block_c) <= 1.2 * MOST)
+    assume(tiles <= MOST and tiles * -(-found.c // found.block_c) <= MOST)
     return found
 
 
@@ -103,7 +104,7 @@ def run(drawn: Drawn) -> dict[str, Tensor]:
     return {name: t for name, t in found.items() if t is not None}
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
 @given(cases(), st.integers(0, 2**31), st.one_of(st.none(), st.integers(1, 5)), st.booleans())
 def test_any_order_of_any_launch_gives_the_same_bits(
     drawn: Drawn, seed: int, resident: int | None, in_order: bool

@@ -16,7 +16,6 @@ from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 Addresses = npt.NDArray[np.uint64]

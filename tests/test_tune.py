@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from faulty import faulty_worker
 
 from setriton import cli, doctor, tune, tune_plan
 from setriton.bench.timing import Call, Timing
+from setriton.bench.tune_worker import WatchedWorker, Worker
+from setriton.bench.watchdog import Watched
 from setriton.kernels import stored
 from setriton.kernels.cases import H200, KINDS, Case, pick
 from setriton.kernels.config import SweepConfig
@@ -74,7 +77,7 @@ def same(case: Case, found: SweepConfig) -> torch.Tensor:
 
 
 def tuner(path: Path, meter: ToldMeter, results: Any = same, **changes: str) -> tune.Tuner:
-    return tune.Tuner(path, DEVICE, H200, MEASURED | changes, meter, ToldTrial(results), meter.clock)
+    return tune.Tuner(path, DEVICE, H200, MEASURED | changes, Worker(meter, ToldTrial(results)), meter.clock)
 
 
 def test_the_fastest_is_stored(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,8 +134,63 @@ def test_what_does_not_run_or_is_wrong_is_not_timed(cache: Path, capsys: pytest.
     tuner(cache, meter, results).tune(CASES[:1])
     assert meter.measured == [1 + len(others)]
     shown = capsys.readouterr().out
-    assert f"without {second}: RuntimeError: out of resource: shared memory\n" in shown
+    assert f"without {second}: error: RuntimeError: out of resource: shared memory\n" in shown
     assert shown.count("y differs from the model's pick's") == 2
+
+
+def test_candidates_that_hang_or_die_are_lost_alone(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Real child processes, which hang, abort and lose their GPU for real, but launch nothing."""
+    first, *others = candidates_of(CASES[0], H200)
+    faults = dict(zip(others, ("hang", "crash", "illegal access", "hang when timed"), strict=False))
+    child = Watched(faulty_worker, faults, patience=2.0)
+    found = tune.Tuner(cache, DEVICE, H200, MEASURED, WatchedWorker(child))
+    assert found.tune(CASES[:1]) == []
+    assert child.child is None
+    held = stored.read_failures(cache, DEVICE)
+    assert {config: failure.kind for (_, config), failure in held.items()} == {
+        config: fault.removesuffix(" when timed") for config, fault in faults.items()
+    }
+    assert all(failure.measured == MEASURED for failure in held.values())
+    shown = capsys.readouterr().out
+    assert shown.count(": without ForwardConfig") == len(faults)
+    assert "hang: nothing happened for 2 seconds" in shown
+    assert "illegal access: RuntimeError: CUDA error" in shown
+    # The others were compared and timed in the child after the last.
+    (entry,) = stored.read(cache, DEVICE).values()
+    assert (entry.config, entry.pick_ms) == (others[len(faults)], 1.0)
+
+    tried: list[SweepConfig] = []
+
+    def results(case: Case, found: SweepConfig) -> torch.Tensor:
+        tried.append(found)
+        return torch.ones(3)
+
+    stored.store(cache, DEVICE, [dataclasses.replace(entry, measured={"source": "of other kernels"})])
+    tuner(cache, ToldMeter(), results).tune(CASES[:1])
+    assert {*tried} == {first, *others} - {*faults}
+    assert "without 4 that failed before" in capsys.readouterr().out
+    tried.clear()
+    tuner(cache, ToldMeter(), results, source="of another day").tune(CASES[:1])
+    assert {*tried} == {first, *others}
+    tried.clear()
+    tuner(cache, ToldMeter(), results).tune(CASES[:1], force=True)
+    assert {*tried} == {first, *others}
+
+
+def test_the_model_s_pick_may_fail(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, *others = candidates_of(CASES[0], H200)
+
+    def results(case: Case, found: SweepConfig) -> torch.Tensor:
+        if found == first or case != CASES[0]:
+            raise RuntimeError("out of resource")
+        return torch.ones(3)
+
+    meter = ToldMeter()
+    assert tuner(cache, meter, results).tune(CASES[:2]) == []
+    assert meter.measured == [len(others)]
+    (entry,) = stored.read(cache, DEVICE).values()
+    assert entry.ms == entry.pick_ms
+    assert "left out, no candidate runs" in capsys.readouterr().out
 
 
 def test_a_map_too_large_is_left_out(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -213,7 +213,7 @@ class _Hooks:
         return result
 
     def _patch(self, original: Callable[..., Any], function: Any) -> Any:
-        """Once a launch: patching the language anew at each call of a device function is half of the interpreter's time."""
+        """Once a launch: patching the language at each call of a device function is half of the interpreter's time."""
         import triton.language as tl
 
         languages = {id(value) for value in function.__globals__.values() if value is tl or value is tl.core}

@@ -46,7 +46,9 @@ def test_what_is_masked_off_is_not_touched() -> None:
 def test_addresses_beyond_a_tensor(dtype: torch.dtype) -> None:
     x, y = torch.zeros(16, dtype=dtype), torch.zeros(15, dtype=dtype)
     size = y.nbytes
-    fails(rf"OutOfBounds.*program 1 at test_memory.*stores 1 elements.*outside y \(15\).* of {size}", lambda: copy(x, y))
+    fails(
+        rf"OutOfBounds.*program 1 at test_memory.*stores 1 elements.*outside y \(15\).* of {size}", lambda: copy(x, y)
+    )
     fails(r"OutOfBounds.*program 1 .*loads 1 elements.*outside x \(15\)", lambda: copy(y, x))
     fails(r"OutOfBounds.*program 0 .*loads 3 elements.*outside x", lambda: copy(x, x, first=-3))
     fails(r"OutOfBounds.*outside x \(0\)", lambda: copy(x[:0], x))
@@ -150,7 +152,14 @@ def test_programs_that_touch_the_same_bytes() -> None:
 
 @triton.jit
 def _hand_over_kernel(
-    counter_ptr, x_ptr, y_ptr, programs, HOW: tl.constexpr, AFTER: tl.constexpr, RESETS: tl.constexpr, WAITS: tl.constexpr
+    counter_ptr,
+    x_ptr,
+    y_ptr,
+    programs,
+    HOW: tl.constexpr,
+    AFTER: tl.constexpr,
+    RESETS: tl.constexpr,
+    WAITS: tl.constexpr,
 ):
     """All but the last program write x; the last one adds it up, then writes it."""
     pid = tl.program_id(0)

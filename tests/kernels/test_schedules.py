@@ -62,7 +62,10 @@ def cases(draw: st.DrawFn) -> Drawn:
         st.tuples(st.integers(1, 20), st.integers(1, 20)), st.tuples(st.integers(66, 300), st.integers(66, 140))
     ))  # fmt: skip
     hw = draw(st.integers(1, max(1, min(40, MOST // n))))
-    sizes = {"block_hw": draw(st.sampled_from([1, 2, 4, 16])), "block_c": draw(st.sampled_from([8, 16, 64])) if n <= 20 else 64}
+    sizes = {
+        "block_hw": draw(st.sampled_from([1, 2, 4, 16])),
+        "block_c": draw(st.sampled_from([8, 16, 64])) if n <= 20 else 64,
+    }
     found = Drawn(
         draw(st.sampled_from(sorted(KINDS))), n, draw(st.sampled_from([20, 33, 70, 131, 259] if n <= 20 else [1, 7, 20, 33])),
         draw(st.sampled_from([1, 3, 16, 17, 33, 70])), hw, group, draw(st.sampled_from([1, 1, 2, 3])),

@@ -3,20 +3,25 @@
 The memory check of `conftest.py` goes along: in each order, what programs read was written before, and nothing else.
 """
 
+import contextlib
 import dataclasses
+import re
+import sys
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
+import triton
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from setriton.bench.instruments.schedules import side_by_side
-from setriton.kernels import schedule
+from setriton.kernels import excite, schedule
 from setriton.kernels.backward import Saved, backward
 from setriton.kernels.config import ForwardConfig, SweepConfig
-from setriton.kernels.forward import BatchNorm, Excitation, forward
+from setriton.kernels.forward import BatchNorm, Excitation, _Launch, forward
 from setriton.ops import INTERPRET
 
 pytestmark = pytest.mark.skipif(not INTERPRET, reason="the order of programs is chosen in the interpreter")
@@ -116,3 +121,58 @@ def test_any_order_of_any_launch_gives_the_same_bits(
     with side_by_side(seed, resident, in_order):
         found = run(drawn)
     assert [name for name, t in want.items() if not torch.equal(t, found[name])] == []
+
+
+# Groups of 128 images, which are two tiles of the excitation's products, and of the two that are left, which are one.
+TWO_GROUPS = Drawn("SE", 130, 16, 1, 4, 128, 1, 4, 16, 16, False, False)
+
+
+def count_the_tiles_of_the_group_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was once wrong: the launcher counted a full group's tiles, and the kernel those of the last, smaller one."""
+    unravel = excite.unravel
+
+    def unravel_in_part(index: Any, inner: Any, middle: Any) -> Any:
+        caller = sys._getframe(1).f_locals
+        if "last_image" in caller:
+            middle = triton.cdiv(caller["last_image"] - caller["first_image"], caller["BLOCK_N"])
+        return unravel(index, inner, middle)
+
+    monkeypatch.setattr(excite, "unravel", unravel_in_part)
+
+
+def test_a_last_group_of_fewer_tiles() -> None:
+    want = run(TWO_GROUPS)
+    for seed, resident in ((0, None), (1, 2)):
+        with side_by_side(seed, resident):
+            found = run(TWO_GROUPS)
+        assert all(torch.equal(found[name], want[name]) for name in want)
+
+
+def test_stores_beyond_the_chunks_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    count_the_tiles_of_the_group_at_hand(monkeypatch)
+    x, w1, w2 = torch.randn(130, 16, 2, 2), torch.randn(1, 16), torch.randn(16, 1)
+    with pytest.raises(Exception, match=r"OutOfBounds.*stores 2 elements of 4 bytes outside chunks \(1, 130, 1\)"):
+        forward(x, Excitation(w1, None, w2, None, "relu", "sigmoid"))
+    schedule._local.__dict__.clear()
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_who_waits_for_whom_is_told(seed: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With chunks to spare, the same fault is a launch that never ends: a tile counts as complete for ever too early."""
+    count_the_tiles_of_the_group_at_hand(monkeypatch)
+    vectors = _Launch._vectors
+    monkeypatch.setattr(
+        _Launch, "_vectors", lambda self, *shape: vectors(self, *((9, *shape[1:]) if shape == (1, 130, 1) else shape))
+    )
+    order = contextlib.nullcontext() if seed is None else side_by_side(seed)
+    with order, pytest.raises(Exception, match="Deadlock") as caught:
+        run(TWO_GROUPS)
+    schedule._local.__dict__.clear()
+    message = str(caught.value)
+    print(message)
+    assert re.search(
+        r"program \d+ at schedule.py:\d+ wait_for in forward_kernel.py:\d+ forward_kernel waits for counters\[7\]: sees 1, compares it with 2; changed by program \d+",
+        message,
+    )
+    if seed is not None:
+        assert re.search("nobody is left who could arrive: the other [0-9]+ programs have ended", message)

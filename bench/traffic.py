@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .instruments import interpreter
-from .instruments.interpreter import Watcher, watched_by
+from .instruments import accesses
+from .instruments.accesses import Watcher
+from .instruments.interpreter import watched_by
 
 SECTOR = 32
 # L2 caches keep and evict lines of four sectors.
@@ -97,18 +98,18 @@ class _Recorder(Watcher):
         self.traffic = traffic
         self.cache = cache
 
-    def begin(self, launch: interpreter.Launch) -> None:
+    def begin(self, launch: accesses.Launch) -> None:
         names = [name.removesuffix("_ptr") for name in launch.tensors]
         self.tensors = {name: Access() for name in names}
         self.traffic.launches.append(Launch(launch.kernel, self.tensors))
 
-    def load(self, access: interpreter.Access) -> None:
+    def load(self, access: accesses.Access) -> None:
         counted, sectors = self.tensors[access.argument.name], _units(access.addresses, SECTOR)
         counted.loaded += access.addresses.size * access.size
         counted.loaded_sectors += sectors.size * SECTOR
         self.cache.load(_units(access.addresses, LINE))
 
-    def store(self, access: interpreter.Access) -> None:
+    def store(self, access: accesses.Access) -> None:
         counted, sectors = self.tensors[access.argument.name], _units(access.addresses, SECTOR)
         counted.stored += access.addresses.size * access.size
         counted.stored_sectors += sectors.size * SECTOR
@@ -149,6 +150,6 @@ class _Cache:
             self.stored += LINE * evicted_written
 
 
-def _units(addresses: interpreter.Addresses, unit: int) -> npt.NDArray[np.int64]:
+def _units(addresses: accesses.Addresses, unit: int) -> npt.NDArray[np.int64]:
     """Numbers of the sectors or lines that one access touches; elements are aligned, so none straddles two."""
     return np.unique(addresses.astype(np.int64) // unit)

@@ -27,14 +27,15 @@ class Trial:
         case: what to launch.
         device: where.
         rotate_bytes: each call takes the next copy, so that more of them than a cache holds are never found in it.
+        hidden: units of the excitation; None is a sixteenth of the channels.
     """
 
-    def __init__(self, case: Case, device: torch.device, rotate_bytes: int = 0) -> None:
+    def __init__(self, case: Case, device: torch.device, rotate_bytes: int = 0, hidden: int | None = None) -> None:
         self.kind, self.case, self.device = KINDS[case.kind], case, device
         # A generator of its own: the user's random numbers stay what they were.
         self.generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
         n, c = case.n, case.channels
-        r = max(1, c // 16)
+        r = hidden or max(1, c // 16)
         act = self.kind.bn_act
         self.has_residual = act == "identity"
         self.out_act = "relu" if self.has_residual else "identity"

@@ -8,7 +8,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from .interpreter import Addresses
+from .accesses import Addresses
 
 
 class Order:

@@ -5,12 +5,9 @@ leaves them alone, so each access is held against the tensor it was meant for, a
 """
 
 import contextlib
+import dataclasses
 import inspect
-import math
-import os
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -18,102 +15,12 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-Addresses = npt.NDArray[np.uint64]
+from .accesses import Access, Addresses, Argument, Atomic, Launch, OutOfBounds, Watcher
+
 # Of an address; the bits above hold the argument's number.
 BITS = 48
 _ADDRESS = np.uint64(2**BITS - 1)
 _BITS = np.uint64(BITS)
-
-
-class MemoryFault(RuntimeError):
-    """A kernel does to memory what it must not."""
-
-
-class OutOfBounds(MemoryFault):
-    """An address lies outside the tensor that its pointer was made of."""
-
-
-class Argument:
-    """A tensor that a launch was given: the bytes from `start` to `end`, without the gaps between its elements."""
-
-    def __init__(self, name: str, tensor: Tensor) -> None:
-        self.name, self.tensor = name, tensor
-        elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        self.start = tensor.data_ptr()
-        self.end = self.start + (elements * tensor.element_size() if tensor.numel() else 0)
-        self.own: npt.NDArray[np.bool_] | None = None
-        if tensor.numel() not in (0, elements):
-            self.own = np.zeros(elements, bool)
-            np.lib.stride_tricks.as_strided(self.own, tensor.shape, tensor.stride())[...] = True
-
-    def holds(self, addresses: Addresses, size: int) -> npt.NDArray[np.bool_]:
-        """Of each element of `size` bytes, whether it lies in the tensor."""
-        inside = (addresses >= self.start) & (addresses + np.uint64(size) <= self.end)
-        if self.own is None:
-            return inside
-        item = self.tensor.element_size()
-        ends = [(addresses - np.uint64(self.start) + np.uint64(offset)) // np.uint64(item) for offset in (0, size - 1)]
-        return np.logical_and.reduce([inside, *(self.own.take(index.astype(np.int64), mode="clip") for index in ends)])
-
-    def __str__(self) -> str:
-        shape = ", ".join(map(str, self.tensor.shape))
-        return f"{self.name} ({shape}) {str(self.tensor.dtype).removeprefix('torch.')}"
-
-
-@dataclass
-class Launch:
-    """One launch: its kernel's name, its grid, its tensors and its numbers by parameter."""
-
-    kernel: str
-    tensors: dict[str, Tensor]
-    numbers: dict[str, Any]
-    grid: tuple[int, int, int] = (0, 0, 0)
-    arguments: list[Argument] = field(default_factory=list)
-
-    @property
-    def programs(self) -> int:
-        return math.prod(self.grid)
-
-
-@dataclass
-class Access:
-    """What one program does in one instruction to one tensor: the addresses of its lanes, masked ones left out."""
-
-    launch: Launch
-    program: int
-    argument: Argument
-    addresses: Addresses
-    size: int
-
-    def __str__(self) -> str:
-        return f"{self.launch.kernel}: program {self.program} at {kernel_line()}"
-
-
-@dataclass
-class Atomic(Access):
-    """And what an atomic orders, what it found in its first lane, and whether it left that as it was."""
-
-    acquires: bool
-    releases: bool
-    found: int | float
-    is_changed: bool
-    result: Any = None
-
-
-class Watcher:
-    """Told of each launch and of each access, after the bounds were checked and, for atomics, after it was made."""
-
-    # Whether others are to be told first: it may let other programs run.
-    is_last = False
-
-    def begin(self, launch: Launch) -> None:
-        """Before the first program; the grid is not known yet."""
-
-    def load(self, access: Access) -> None: ...
-    def store(self, access: Access) -> None: ...
-    def atomic(self, access: Atomic) -> None: ...
-    def end(self, launch: Launch) -> None:
-        """After the last program, or after one that failed."""
 
 
 @contextlib.contextmanager
@@ -139,17 +46,6 @@ def watched_by(*watchers: Watcher) -> Iterator[None]:
             _hooks.watchers = before
 
 
-def kernel_line() -> str:
-    """Files and lines of the kernel that is at work, from its body to the function it is in."""
-    lines, frame = [], sys._getframe(1)
-    while frame is not None and frame.f_code.co_qualname not in ("GridExecutor.__call__", "Thread.run"):
-        name, code = frame.f_code.co_filename, frame.f_code.co_qualname
-        if "/triton/" not in name and "/unittest/" not in name and os.path.dirname(name) != os.path.dirname(__file__):
-            lines.append(f"{name.rpartition('/')[2]}:{frame.f_lineno} {code}")
-        frame = frame.f_back
-    return " in ".join(lines)
-
-
 class _Hooks:
     """Where Triton's interpreter is listened to: launches, pointers made of tensors, and its four ways to memory."""
 
@@ -157,6 +53,7 @@ class _Hooks:
         self.watchers: list[Watcher] = []
         self.launch: Launch | None = None
         self.patched: set[int] = set()
+        self.dtypes: dict[str, Any] = {}
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -172,12 +69,17 @@ class _Hooks:
                 (interpreter.InterpreterBuilder, "set_grid_dim", self._set_grid_dim),
                 (interpreter, "_implicit_cvt", self._convert),
                 (interpreter, "_patch_lang", self._patch),
+                (interpreter, "_get_np_dtype", self._dtype),
                 (memory, "load", self._load),
                 (memory, "store", self._store),
                 (memory, "atomic_rmw", self._atomic_rmw),
                 (memory, "atomic_cas", self._atomic_cas),
             ):
                 stack.enter_context(wrapped(owner, name, wrapper))
+            # Checks each sum of integers, which is a quarter of the interpreter's time: an offset that has gone wrong
+            # is seen where it is used.
+            options = dataclasses.replace(self.builder.options, sanitize_overflow=False)
+            stack.enter_context(mock.patch.object(self.builder, "options", options))
             yield
 
     def _call(self, original: Callable[..., Any], executor: Any, *arguments: Any, **options: Any) -> Any:
@@ -221,6 +123,13 @@ class _Hooks:
             return None
         self.patched |= languages
         return original(function)
+
+    def _dtype(self, original: Callable[..., Any], dtype: Any) -> Any:
+        """NumPy's dtype: the interpreter makes a table of them at each call."""
+        name = str(dtype.scalar)
+        if name not in self.dtypes:
+            self.dtypes[name] = original(dtype.scalar)
+        return self.dtypes[name]
 
     def _access(self, pointers: Any, mask: Any, size: int, verb: str) -> Access | None:
         launch = self.launch

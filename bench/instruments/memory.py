@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .accesses import Access, Addresses, Argument, Atomic, Launch, MemoryFault, Watcher
 from .happens_before import Order
-from .interpreter import Access, Addresses, Argument, Atomic, Launch, MemoryFault, Watcher, watched_by
+from .interpreter import watched_by
 from .unwritten import poisoned_empty, set_unwritten, unwritten_bytes
 from .waits import Waits
 
@@ -49,10 +50,7 @@ class MemoryCheck(Watcher):
         self.order, self.shadows = Order(), {}
         self.states = _States(self.order)
         for tensor in launch.tensors.values():
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self.shadows:
-                sharing = [t for t in launch.tensors.values() if t.untyped_storage().data_ptr() == storage.data_ptr()]
-                self.shadows[storage.data_ptr()] = _Shadow(storage, sharing)
+            self._shadow_of(tensor, [*launch.tensors.values()])
         self.of_argument: dict[int, _Shadow] = {}
 
     def load(self, access: Access) -> None:
@@ -90,8 +88,17 @@ class MemoryCheck(Watcher):
     def _shadow(self, argument: Argument) -> "_Shadow":
         shadow = self.of_argument.get(id(argument))
         if shadow is None:
-            shadow = self.of_argument[id(argument)] = self.shadows[argument.tensor.untyped_storage().data_ptr()]
+            # A descriptor's tensor is not among the launch's arguments.
+            shadow = self.of_argument[id(argument)] = self._shadow_of(argument.tensor, [argument.tensor])
         return shadow
+
+    def _shadow_of(self, tensor: torch.Tensor, tensors: list[torch.Tensor]) -> "_Shadow":
+        storage = tensor.untyped_storage()
+        place = storage.data_ptr()
+        if place not in self.shadows:
+            sharing = [each for each in tensors if each.untyped_storage().data_ptr() == place]
+            self.shadows[place] = _Shadow(storage, sharing)
+        return self.shadows[place]
 
 
 class _State(NamedTuple):

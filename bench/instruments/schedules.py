@@ -15,7 +15,8 @@ from unittest import mock
 
 import numpy as np
 
-from .interpreter import Access, Atomic, Watcher, watched_by, wrapped
+from .accesses import Access, Atomic, Watcher
+from .interpreter import watched_by, wrapped
 from .waits import Deadlock, Waits, listed
 
 Program = tuple[tuple[int, int, int], dict[str, Any]]

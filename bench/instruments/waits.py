@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from .interpreter import Access, Atomic, Launch, Watcher, kernel_line, wrapped
+from .accesses import Access, Atomic, Launch, Watcher, kernel_line
+from .interpreter import wrapped
 
 
 class Deadlock(RuntimeError):

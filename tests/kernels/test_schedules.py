@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-import triton
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
+from planted import count_the_tiles_of_the_group_at_hand
 from torch import Tensor
 
 from setriton.bench.instruments.schedules import side_by_side
-from setriton.kernels import excite, forward_kernel, schedule
+from setriton.kernels import forward_kernel, schedule
 from setriton.kernels.backward import Saved, backward
 from setriton.kernels.config import ForwardConfig, SweepConfig
 from setriton.kernels.forward import BatchNorm, Excitation, forward
@@ -72,7 +72,8 @@ def cases(draw: st.DrawFn) -> Drawn:
         "block_c": draw(st.sampled_from([8, 16, 64])) if n <= 20 else 64,
     }
     found = Drawn(
-        draw(st.sampled_from(sorted(KINDS))), n, draw(st.sampled_from([20, 33, 70, 131, 259] if n <= 20 else [1, 7, 20, 33])),
+        draw(st.sampled_from(sorted(KINDS))), n,
+        draw(st.sampled_from([20, 33, 70, 131, 259] if n <= 20 else [1, 7, 20, 33])),
         draw(st.sampled_from([1, 3, 16, 17, 33, 70])), hw, group, draw(st.sampled_from([1, 1, 2, 3])),
         tiles=draw(st.sampled_from([1, 2, 8])), **sizes,
         channels_last=draw(st.booleans()), has_residual=draw(st.booleans()),
@@ -83,7 +84,10 @@ def cases(draw: st.DrawFn) -> Drawn:
 
 
 def run(drawn: Drawn) -> dict[str, Tensor]:
-    """All that a forward and, for small batches, a backward pass compute, with counters of its own: a failed launch leaves them as they are."""
+    """All that a forward and, for small batches, a backward pass compute.
+
+    With counters of its own: a failed launch leaves them as they are.
+    """
     schedule._local.__dict__.clear()
     bn_act, training = KINDS[drawn.kind]
     generator = torch.Generator().manual_seed(0)
@@ -127,19 +131,6 @@ def test_any_order_of_any_launch_gives_the_same_bits(
 TWO_GROUPS = Drawn("SE", 130, 16, 1, 4, 128, 1, 4, 16, 16, False, False)
 
 
-def count_the_tiles_of_the_group_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was once wrong: the launcher counted a full group's tiles, and the kernel those of the last, smaller one."""
-    unravel = excite.unravel
-
-    def unravel_in_part(index: Any, inner: Any, middle: Any) -> Any:
-        caller = sys._getframe(1).f_locals
-        if "last_image" in caller:
-            middle = triton.cdiv(caller["last_image"] - caller["first_image"], caller["BLOCK_N"])
-        return unravel(index, inner, middle)
-
-    monkeypatch.setattr(excite, "unravel", unravel_in_part)
-
-
 def test_a_last_group_of_fewer_tiles() -> None:
     want = run(TWO_GROUPS)
     for seed, resident in ((0, None), (1, 2)):
@@ -174,5 +165,7 @@ def test_who_waits_for_whom_is_told(seed: int | None, monkeypatch: pytest.Monkey
     message = str(caught.value)
     who = r"program \d+ at schedule.py:\d+ wait_for in forward_kernel.py:\d+ forward_kernel waits for counters"
     assert re.search(who + r"\[\d+\]: sees 1, compares it with 2; changed by program \d+", message)
-    told = "nobody is left who could arrive: the other [0-9]+ programs have ended" if seed is not None else "nobody else"
+    told = (
+        "nobody is left who could arrive: the other [0-9]+ programs have ended" if seed is not None else "nobody else"
+    )
     assert re.search(told, message)

@@ -6,10 +6,12 @@ aborts would otherwise end the work with it.
 
 import contextlib
 import mmap
+import multiprocessing
 import os
 import signal
 import struct
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor, TimeoutError
@@ -125,7 +127,16 @@ _here: Any = None
 def _make(path: Path, make: Callable[..., Any], *arguments: Any) -> None:
     global _here
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's is for the parent, which ends this process
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _here = make(*arguments, Mark(path))
+
+
+def _end_with_parent() -> None:
+    """Who was killed closes nothing: its child, which may be at a kernel that never ends, must not outlive it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _call(method: str, *arguments: Any) -> Any:

@@ -1,7 +1,11 @@
 """`setriton tune`: what is measured, kept, resumed and left out, with a meter that is told the numbers."""
 
 import dataclasses
+import os
 import re
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,10 +143,10 @@ def test_what_does_not_run_or_is_wrong_is_not_timed(cache: Path, capsys: pytest.
 
 
 def test_candidates_that_hang_or_die_are_lost_alone(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Real child processes, which hang, abort and lose their GPU for real, but launch nothing."""
+    """Real child processes, which hang, die of a signal and lose their GPU for real, but launch nothing."""
     first, *others = candidates_of(CASES[0], H200)
-    faults = dict(zip(others, ("hang", "crash", "illegal access", "hang when timed"), strict=False))
-    child = Watched(faulty_worker, faults, patience=2.0)
+    faults = dict(zip(others, ("hang", "crash", "illegal access", "error", "hang when timed"), strict=False))
+    child = Watched(faulty_worker, faults, patience=3.0)
     found = tune.Tuner(cache, DEVICE, H200, MEASURED, WatchedWorker(child))
     assert found.tune(CASES[:1]) == []
     assert child.child is None
@@ -153,7 +157,7 @@ def test_candidates_that_hang_or_die_are_lost_alone(cache: Path, capsys: pytest.
     assert all(failure.measured == MEASURED for failure in held.values())
     shown = capsys.readouterr().out
     assert shown.count(": without ForwardConfig") == len(faults)
-    assert "hang: nothing happened for 2 seconds" in shown
+    assert "hang: nothing happened for 3 seconds" in shown
     assert "illegal access: RuntimeError: CUDA error" in shown
     # The others were compared and timed in the child after the last.
     (entry,) = stored.read(cache, DEVICE).values()
@@ -168,13 +172,52 @@ def test_candidates_that_hang_or_die_are_lost_alone(cache: Path, capsys: pytest.
     stored.store(cache, DEVICE, [dataclasses.replace(entry, measured={"source": "of other kernels"})])
     tuner(cache, ToldMeter(), results).tune(CASES[:1])
     assert {*tried} == {first, *others} - {*faults}
-    assert "without 4 that failed before" in capsys.readouterr().out
+    assert "without 5 that failed before" in capsys.readouterr().out
     tried.clear()
     tuner(cache, ToldMeter(), results, source="of another day").tune(CASES[:1])
     assert {*tried} == {first, *others}
     tried.clear()
     tuner(cache, ToldMeter(), results).tune(CASES[:1], force=True)
     assert {*tried} == {first, *others}
+
+
+KILLED = """
+import sys
+from faulty import faulty_worker
+from setriton.bench.watchdog import Watched
+from setriton.kernels.cases import H200, Case, pick
+if __name__ == "__main__":
+    case = Case.of("se", (8, 64, 14, 14))
+    found = pick(case, H200)
+    child = Watched(faulty_worker, {found: "hang"}, patience=600.0)
+    child.call("close")
+    print(child.pid, flush=True)
+    child.call("check", case, found, found)
+"""
+
+
+def test_a_killed_parent_leaves_no_child(tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    support = str(Path(__file__).parent / "support")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([support, os.environ.get("PYTHONPATH", "")])}
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        os.kill(child, 0)
+        parent.kill()
+    deadline = time.monotonic() + 20
+    while is_running(child):
+        assert time.monotonic() < deadline, "the child lives on"
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there, and is not one that nobody has asked how it ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_the_model_s_pick_may_fail(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:

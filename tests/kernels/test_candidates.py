@@ -83,7 +83,7 @@ def test_a_fault_of_the_real_map_is_one_of_the_small(monkeypatch: pytest.MonkeyP
     """On a GPU this map hung for ever, when the tiles of a group of images were counted in two places."""
     assert computes_the_same_in_any_order(GROUPED, seed=0)
     count_the_tiles_of_the_group_at_hand(monkeypatch)
-    with pytest.raises(Exception, match="OutOfBounds.*outside chunks"):
+    with pytest.raises(Exception, match=r"OutOfBounds.*outside chunks"):
         GROUPED.outputs()
     schedule._local.__dict__.clear()
 

@@ -116,11 +116,27 @@ def run(drawn: Drawn) -> dict[str, Tensor]:
     return {name: t for name, t in found.items() if t is not None}
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
-@given(cases(), st.integers(0, 2**31), st.one_of(st.none(), st.integers(1, 5)), st.booleans())
+LAUNCHES = cases(), st.integers(0, 2**31), st.one_of(st.none(), st.integers(1, 5)), st.booleans()
+FEW = settings(deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+
+
+@settings(FEW, max_examples=14, derandomize=True)
+@given(*LAUNCHES)
 def test_any_order_of_any_launch_gives_the_same_bits(
     drawn: Drawn, seed: int, resident: int | None, in_order: bool
 ) -> None:
+    check(drawn, seed, resident, in_order)
+
+
+@pytest.mark.full_autotune
+@pytest.mark.timeout(4 * 3600)
+@settings(FEW, max_examples=500)
+@given(*LAUNCHES)
+def test_any_order_of_many_launches(drawn: Drawn, seed: int, resident: int | None, in_order: bool) -> None:
+    check(drawn, seed, resident, in_order)
+
+
+def check(drawn: Drawn, seed: int, resident: int | None, in_order: bool) -> None:
     want = run(drawn)
     with side_by_side(seed, resident, in_order):
         found = run(drawn)

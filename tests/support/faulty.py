@@ -1,6 +1,6 @@
-"""A worker of `setriton tune` whose candidates hang, abort, or lose their GPU, each where it is told to."""
+"""A worker of `setriton tune` whose candidates hang, die, fail or lose their GPU, each where it is told to."""
 
-import os
+import ctypes
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -39,7 +39,9 @@ class _Trial:
             case "hang":
                 time.sleep(600)
             case "crash":
-                os.abort()
+                ctypes.string_at(0)
+            case "error":
+                raise RuntimeError("out of resource: shared memory")
             case "illegal access":
                 _Trial.is_dead = True
         if _Trial.is_dead:

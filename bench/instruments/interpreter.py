@@ -52,17 +52,20 @@ class _Hooks:
     def __init__(self) -> None:
         self.watchers: list[Watcher] = []
         self.launch: Launch | None = None
+        self.is_wide = True
         self.patched: set[int] = set()
         self.dtypes: dict[str, Any] = {}
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
+        from triton._C.libtriton import ir
         from triton.runtime import interpreter
 
         memory = interpreter._interpreter
         self.builder = interpreter.interpreter_builder
         self.acquiring = {memory.MEM_SEMANTIC.ACQUIRE, memory.MEM_SEMANTIC.ACQUIRE_RELEASE}
         self.releasing = {memory.MEM_SEMANTIC.RELEASE, memory.MEM_SEMANTIC.ACQUIRE_RELEASE}
+        self.narrow = ir.MEM_SYNC_SCOPE.CTA
         with contextlib.ExitStack() as stack:
             for owner, name, wrapper in (
                 (interpreter.GridExecutor, "__call__", self._call),
@@ -70,6 +73,8 @@ class _Hooks:
                 (interpreter, "_implicit_cvt", self._convert),
                 (interpreter, "_patch_lang", self._patch),
                 (interpreter, "_get_np_dtype", self._dtype),
+                (interpreter.InterpreterBuilder, "create_atomic_rmw", self._scoped),
+                (interpreter.InterpreterBuilder, "create_atomic_cas", self._scoped),
                 (memory, "load", self._load),
                 (memory, "store", self._store),
                 (memory, "atomic_rmw", self._atomic_rmw),
@@ -184,6 +189,11 @@ class _Hooks:
                 watcher.store(access)
         return original(np.asarray(pointers) & _ADDRESS, values, mask)
 
+    def _scoped(self, original: Callable[..., Any], *arguments: Any) -> Any:
+        """Notice the scope of an atomic: one within a program orders nothing between programs."""
+        self.is_wide = arguments[-1] != self.narrow
+        return original(*arguments)
+
     def _atomic_rmw(
         self, original: Callable[..., Any], operation: Any, pointers: Any, values: Any, mask: Any, order: Any
     ) -> Any:
@@ -203,7 +213,8 @@ class _Hooks:
         before = np.asarray(found)[np.broadcast_to(mask, np.shape(found))]
         after = memory_at(access.addresses, before.dtype)
         atomic = Atomic(
-            **vars(access), acquires=order in self.acquiring, releases=order in self.releasing,
+            **vars(access),
+            acquires=self.is_wide and order in self.acquiring, releases=self.is_wide and order in self.releasing,
             found=before.flat[0].item(), is_changed=bool((before != after).any()), result=found,
         )  # fmt: skip
         for watcher in self.watchers:

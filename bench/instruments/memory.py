@@ -17,7 +17,7 @@ import torch
 from .accesses import Access, Addresses, Argument, Atomic, Launch, MemoryFault, Watcher
 from .happens_before import Order
 from .interpreter import watched_by
-from .unwritten import poisoned_empty, set_unwritten, unwritten_bytes
+from .unwritten import poisoned_empty, poisoned_lanes, set_unwritten, unwritten_bytes
 from .waits import Waits
 
 
@@ -31,7 +31,7 @@ class Race(MemoryFault):
 
 @contextlib.contextmanager
 def check_memory() -> Iterator[None]:
-    """Check the launches within, and poison the memory that torch's `empty` functions return.
+    """Check the launches within; what torch's `empty` functions return and masked loads leave undefined is poison.
 
     Raises:
         RuntimeError: the process does not interpret kernels.
@@ -39,7 +39,7 @@ def check_memory() -> Iterator[None]:
         Deadlock: likewise, where a program waits for one that comes later.
     """
     waits = Waits()
-    with poisoned_empty(), watched_by(MemoryCheck(), waits), waits.comparing():
+    with poisoned_empty(), poisoned_lanes(), watched_by(MemoryCheck(), waits), waits.comparing():
         yield
 
 

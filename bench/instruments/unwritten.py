@@ -1,6 +1,7 @@
 """Memory that nobody has written yet: what torch's `empty` functions return holds poison, and is remembered.
 
-Bytes are known one by one where kernels write them. What torch writes is seen by the poison being gone; and where
+Lanes of a load that are masked off without a value of their own hold poison as well. Bytes are known one by one where
+kernels write them. What torch writes is seen by the poison being gone; and where
 poison was copied, by a clone or a change of layout, it is still poison.
 """
 
@@ -17,6 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+
+from .interpreter import wrapped
 
 # NaN in each floating-point type, with a payload that no arithmetic makes.
 POISON = np.uint64(0x7FE57FE57FE57FE5)
@@ -57,6 +60,28 @@ def _poisoning(function: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return call
+
+
+@contextlib.contextmanager
+def poisoned_lanes() -> Iterator[None]:
+    """Within, what a load leaves undefined, lanes masked off without `other`, is NaN or a large number.
+
+    Triton promises nothing of them; its interpreter fills in zeros, with which many a wrong sum comes out right.
+    """
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _get_np_dtype
+
+    def masked_load(
+        original: Callable[..., Any], builder: Any, ptrs: Any, mask: Any, other: Any, *others: Any, **options: Any
+    ) -> Any:
+        dtype = ptrs.get_element_ty()
+        numpy_dtype = _get_np_dtype(dtype)
+        if other is None and numpy_dtype.kind != "b" and not np.all(mask.data):
+            value = np.frombuffer(POISON.tobytes(), numpy_dtype)[0]
+            other = TensorHandle(np.full(np.shape(ptrs.data), value, numpy_dtype), dtype)
+        return original(builder, ptrs, mask, other, *others, **options)
+
+    with wrapped(InterpreterBuilder, "create_masked_load", masked_load):
+        yield
 
 
 def poison(tensor: Tensor) -> None:

@@ -9,6 +9,9 @@ from typing import Any
 from .accesses import Access, Atomic, Launch, Watcher, kernel_line
 from .interpreter import wrapped
 
+# Of one element by one program, with nothing else between: nobody but who waits does that.
+MOST_LOADS = 10_000
+
 
 class Deadlock(RuntimeError):
     """Programs wait for something that no running program will do."""
@@ -20,7 +23,7 @@ class Wait:
 
     counter: str
     address: int
-    found: int | float
+    found: int | float | None  # None for a plain load, of which nobody looks at the value
     line: str
     result: Any
     wanted: int | float | None = None
@@ -41,9 +44,18 @@ class Waits(Watcher):
         self.arrived.clear()
 
     def load(self, access: Access) -> None:
-        self.polled.pop(access.program, None)
+        """A plain load may poll as well, and even where it is no race, nothing would ever end it."""
+        last, address = self.polled.get(access.program), int(access.addresses[0])
+        if access.addresses.size > 1 or (last is not None and last.address != address):
+            self.polled.pop(access.program, None)
+        elif last is None:
+            self.polled[access.program] = self._wait(access, None, None)
+        else:
+            last.polls += 1
+            self._held(access, last)
 
-    store = load
+    def store(self, access: Access) -> None:
+        self.polled.pop(access.program, None)
 
     def atomic(self, access: Atomic) -> None:
         address, last = int(access.addresses[0]), self.polled.get(access.program)
@@ -52,17 +64,23 @@ class Waits(Watcher):
             self.arrived[address].append(access.program)
         elif last is not None and (last.address, last.found) == (address, access.found):
             last.polls, last.result = last.polls + 1, access.result
-            if last.polls > self.limit:
-                raise Deadlock(f"{access.launch.kernel}: {self.told(access.program)}, and nobody else runs")
+            self._held(access, last)
         else:
-            index = (address - access.argument.start) // access.size
-            counter = f"{access.argument.name}[{index}]"
-            self.polled[access.program] = Wait(counter, address, access.found, kernel_line(), access.result)
+            self.polled[access.program] = self._wait(access, access.found, access.result)
+
+    def _wait(self, access: Access, found: int | float | None, result: Any) -> Wait:
+        address = int(access.addresses[0])
+        index = (address - access.argument.start) // access.size
+        return Wait(f"{access.argument.name}[{index}]", address, found, kernel_line(), result)
+
+    def _held(self, access: Access, wait: Wait) -> None:
+        if wait.polls > (MOST_LOADS if wait.found is None else self.limit):
+            raise Deadlock(f"{access.launch.kernel}: {self.told(access.program)}, and nobody else runs")
 
     def compared(self, original: Callable[..., Any], builder: Any, left: Any, right: Any) -> Any:
         """Notice what a counter that was just read is compared with."""
         for wait in self.polled.values():
-            if wait.result is left.data:
+            if wait.result is not None and wait.result is left.data:
                 wait.wanted = right.data.flat[0].item()
         return original(builder, left, right)
 
@@ -80,10 +98,11 @@ class Waits(Watcher):
     def told(self, program: int) -> str:
         """What a program waits for, in words."""
         wait = self.polled[program]
+        sees = "the same" if wait.found is None else wait.found
         wanted = "" if wait.wanted is None else f", compares it with {wait.wanted}"
         arrived = listed(self.arrived[wait.address])
         who = f"changed by {arrived}" if arrived else "changed by nobody"
-        return f"program {program} at {wait.line} waits for {wait.counter}: sees {wait.found}{wanted}; {who}"
+        return f"program {program} at {wait.line} waits for {wait.counter}: sees {sees}{wanted}; {who}"
 
 
 def listed(programs: list[int], most: int = 12) -> str:

@@ -3,6 +3,7 @@
 `tests/kernels/conftest.py` has it check every launch of every test; here faults are planted.
 """
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
@@ -160,6 +161,7 @@ def _hand_over_kernel(
     AFTER: tl.constexpr,
     RESETS: tl.constexpr,
     WAITS: tl.constexpr,
+    SCOPE: tl.constexpr,
 ):
     """All but the last program write x; the last one adds it up, then writes it."""
     pid = tl.program_id(0)
@@ -167,7 +169,7 @@ def _hand_over_kernel(
         if not AFTER:
             tl.store(x_ptr + pid, 1.0)
         tl.debug_barrier()
-        tl.atomic_add(counter_ptr, 1, sem=HOW)
+        tl.atomic_add(counter_ptr, 1, sem=HOW, scope=SCOPE)
         if AFTER:
             tl.store(x_ptr + pid, 1.0)
     else:
@@ -182,9 +184,11 @@ def _hand_over_kernel(
         tl.store(y_ptr, total)
 
 
-def hand_over(how: str = "release", after: bool = False, resets: bool = False, waits: str = "acquire") -> float:
+def hand_over(
+    how: str = "release", after: bool = False, resets: bool = False, waits: str = "acquire", scope: str = "gpu"
+) -> float:
     counter, x, y = torch.zeros(1, dtype=torch.int32), torch.zeros(4), torch.empty(1)
-    _hand_over_kernel[(5,)](counter, x, y, 5, how, after, resets, waits)
+    _hand_over_kernel[(5,)](counter, x, y, 5, how, after, resets, waits, scope)
     return y.item()
 
 
@@ -202,10 +206,17 @@ def test_an_arrival_orders_programs(seed: int | None) -> None:
     [
         ({"how": "relaxed"}, "reads elements of x .* stored"),
         ({"waits": "relaxed"}, "reads elements of x .* stored"),
+        ({"scope": "cta"}, "reads elements of x .* stored"),
         ({"after": True}, "reads elements of x .* stored"),
         ({"resets": True}, "stores elements of counter .* changed atomically"),
     ],
-    ids=["relaxed arrival", "relaxed wait", "stores after arriving", "resets what others count"],
+    ids=[
+        "relaxed arrival",
+        "relaxed wait",
+        "arrival within a program",
+        "stores after arriving",
+        "resets what others count",
+    ],
 )
 def test_what_is_no_arrival(arguments: dict, message: str) -> None:
     fails(f"Race.*program 4 at .* {message}; no arrival orders them", lambda: hand_over(**arguments))
@@ -243,3 +254,74 @@ def _late_kernel(counter_ptr, x_ptr, y_ptr):
         schedule.wait_for(counter_ptr, 1)
     else:
         schedule.arrive(counter_ptr)
+
+
+@triton.jit
+def _plain_wait_kernel(counter_ptr):
+    while tl.load(counter_ptr) == 0:
+        pass
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+def test_a_wait_by_plain_loads(seed: int | None) -> None:
+    with contextlib.nullcontext() if seed is None else side_by_side(seed):
+        fails(r"Deadlock.*program 0 at .* waits for counter\[0\]: sees the same",
+              lambda: _plain_wait_kernel[(1,)](torch.zeros(1, dtype=torch.int32)))  # fmt: skip
+
+
+@triton.jit
+def _masked_sum_kernel(x_ptr, y_ptr, count, HAS_OTHER: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs, offs < count, 0.0) if HAS_OTHER else tl.load(x_ptr + offs, offs < count)
+    tl.store(y_ptr, tl.sum(x.to(tl.float32)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int32])
+def test_lanes_that_are_masked_off_hold_anything(dtype: torch.dtype) -> None:
+    x = torch.ones(5, dtype=dtype)
+    y = torch.zeros(1, dtype=torch.float64)
+    _masked_sum_kernel[(1,)](x, y, 5, HAS_OTHER=True, BLOCK=8)
+    assert y == 5
+    _masked_sum_kernel[(1,)](x, y, 5, HAS_OTHER=False, BLOCK=8)
+    assert y != 5
+
+
+@triton.jit
+def _descriptor_kernel(x_ptr, y_ptr, rows, BLOCK: tl.constexpr):
+    x = tl.make_tensor_descriptor(x_ptr, [rows, 4], [4, 1], [BLOCK, 4])
+    y = tl.make_tensor_descriptor(y_ptr, [rows, 4], [4, 1], [BLOCK, 4])
+    first = tl.program_id(0) * BLOCK
+    y.store([first, 0], x.load([first, 0]))
+
+
+def test_tensor_descriptors() -> None:
+    x, y = torch.randn(6, 4), torch.empty(6, 4)
+    _descriptor_kernel[(2,)](x, y, 6, BLOCK=4)
+    assert torch.equal(x, y)
+    fails(r"OutOfBounds.*program 1 .*loads 4 elements .*outside x \(6, 4\)",
+          lambda: _descriptor_kernel[(2,)](x, y, 7, BLOCK=4))  # fmt: skip
+    fails("Unwritten.*program 1", lambda: (x.copy_(torch.empty(6, 4)), x[:4].zero_(),
+                                           _descriptor_kernel[(2,)](x, y, 6, BLOCK=4)))  # fmt: skip
+
+
+@triton.jit
+def _copy_by_descriptor_kernel(x_desc, y_ptr):
+    tl.store(y_ptr + tl.arange(0, 8)[:, None] * 4 + tl.arange(0, 4)[None, :], x_desc.load([0, 0]))
+
+
+def test_descriptors_made_by_the_host() -> None:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    x, y = torch.randn(8, 4), torch.empty(8, 4)
+    _copy_by_descriptor_kernel[(1,)](TensorDescriptor.from_tensor(x, [8, 4]), y)
+    assert torch.equal(x, y)
+    fails(
+        "Unwritten",
+        lambda: _copy_by_descriptor_kernel[(1,)](TensorDescriptor.from_tensor(torch.empty(8, 4), [8, 4]), y),
+    )
+
+
+def test_an_empty_grid_and_empty_tensors() -> None:
+    x, y = torch.empty(0), torch.empty(0)
+    _copy_kernel[(0,)](x, y, 0, 0, 0, BLOCK=8)
+    copy(x, y, count=0)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from setriton.bench.instruments.memory import check_memory
+from setriton.kernels import schedule
 from setriton.ops import INTERPRET
 
 if INTERPRET:
@@ -47,9 +48,14 @@ def device() -> torch.device:
 
 @pytest.fixture(autouse=True)
 def _checked_memory() -> Iterator[None]:
-    """Every interpreted launch of every test: in bounds, nothing read that nobody wrote, no race."""
+    """Every interpreted launch of every test: in bounds, nothing read that nobody wrote, no race, counters left at zero."""
     if not INTERPRET:
         yield
         return
     with check_memory():
         yield
+    buffers = schedule._local.__dict__.get("buffers", {})
+    left = [buffer for buffer in buffers.values() if buffer.any()]
+    if left:
+        buffers.clear()
+    assert not left, "a launch has left counters for the next one"

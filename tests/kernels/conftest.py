@@ -48,7 +48,7 @@ def device() -> torch.device:
 
 @pytest.fixture(autouse=True)
 def _checked_memory() -> Iterator[None]:
-    """Every interpreted launch of every test: in bounds, nothing read that nobody wrote, no race, counters left at zero."""
+    """Every interpreted launch: in bounds, nothing read that nobody wrote, no race, counters left at zero."""
     if not INTERPRET:
         yield
         return

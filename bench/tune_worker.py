@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..kernels.cases import Case
-from ..kernels.config import SweepConfig
+from setriton.kernels.cases import Case
+from setriton.kernels.config import SweepConfig
+
 from .timing import GpuMeter, Meter
 from .watchdog import Lost, Mark, Watched
 
@@ -49,6 +50,7 @@ class Worker:
     ) -> None:
         self.meter, self.make_trial, self.mark = meter, trial, mark
         self.case: Case | None = None
+        self.want: dict[str, Tensor] | None = None
 
     def compile(self, case: Case, candidates: Sequence[SweepConfig]) -> None:
         """Run each once in threads: compiling takes seconds, most of them in LLVM and ptxas, which run in parallel.
@@ -81,10 +83,8 @@ class Worker:
         try:
             self._at(0)
             results = trial.outputs(found)
-            if found == reference:
-                self.want = results
-            elif self.want is None:
-                self.want = trial.outputs(reference)
+            if self.want is None or found == reference:
+                self.want = results if found == reference else trial.outputs(reference)
             for name, result in results.items():
                 want = self.want[name].float()
                 if found != reference and not (result.float() - want).norm() <= FAR * want.norm():
@@ -120,7 +120,7 @@ class Worker:
 
     def _trial(self, case: Case) -> Trials:
         if self.case != case:
-            self.want: dict[str, Tensor] | None = None
+            self.want = None
             self.trial = self.make_trial(case, self.meter.device, self.meter.rotate_bytes)
             self.case = case
         return self.trial
@@ -157,7 +157,7 @@ def _told(error: Exception) -> str:
 def gpu_worker(seconds: float, device: int, mark: Mark) -> Worker:
     """For the child: its own context on the GPU, `seconds` of samples for each candidate."""
     torch.cuda.set_device(device)
-    from ..kernels.trials import Trial
+    from setriton.kernels.trials import Trial
 
     return Worker(GpuMeter(seconds), Trial, mark)
 

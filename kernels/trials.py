@@ -12,9 +12,9 @@ from torch import Tensor
 from .backward import Saved, backward
 from .cases import KINDS, Case, Machine
 from .config import ForwardConfig, SweepConfig
+from .entries import Entry
 from .forward import BatchNorm, Excitation, forward
 from .layout import packed_shape
-from .stored import Entry
 from .tuning import best_of, candidates_of
 
 

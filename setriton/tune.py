@@ -18,7 +18,7 @@ from .command import show
 from .kernels import stored
 from .kernels.cases import KINDS, Case, Machine
 from .kernels.config import ForwardConfig, SweepConfig
-from .kernels.entries import Entry, Failure
+from .kernels.entries import Entry, Failure, Key
 from .kernels.tuning import best_of, candidates_of
 from .tune_plan import plan
 
@@ -147,7 +147,7 @@ class Tuner:
                 progress.advance(task)
         return []
 
-    def _key(self, case: Case) -> stored.Key:
+    def _key(self, case: Case) -> Key:
         return case.kind, case.dtype, case.layout, case.bucket
 
     def _is_current(self, held: Entry | Failure | None) -> bool:

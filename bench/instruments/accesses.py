@@ -4,6 +4,7 @@ import math
 import os
 import sys
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -106,7 +107,8 @@ class Watcher:
 
 def kernel_line() -> str:
     """Files and lines of the kernel that is at work, from its body to the function it is in."""
-    lines, frame = [], sys._getframe(1)
+    lines: list[str] = []
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_qualname not in ("GridExecutor.__call__", "Thread.run"):
         name, code = frame.f_code.co_filename, frame.f_code.co_qualname
         if "/triton/" not in name and "/unittest/" not in name and os.path.dirname(name) != os.path.dirname(__file__):

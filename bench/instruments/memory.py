@@ -47,7 +47,8 @@ class MemoryCheck(Watcher):
     """States of the running launch's memory."""
 
     def begin(self, launch: Launch) -> None:
-        self.order, self.shadows = Order(), {}
+        self.order = Order()
+        self.shadows: dict[int, _Shadow] = {}
         self.states = _States(self.order)
         for tensor in launch.tensors.values():
             self._shadow_of(tensor, [*launch.tensors.values()])

@@ -8,16 +8,16 @@ two or three, and the tiles of the excitation's products shrink with the images 
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator
-from typing import Any, cast
+from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from ...kernels import backward, forward, tuning
-from ...kernels.cases import DTYPES, LAYOUTS, Case, Machine
-from ...kernels.config import ForwardConfig, Pieces, SweepConfig, next_power_of_2
-from ...kernels.trials import Trial
+from setriton.kernels import backward, forward, tuning
+from setriton.kernels.cases import DTYPES, LAYOUTS, Case, Machine
+from setriton.kernels.config import ForwardConfig, Pieces, SweepConfig, next_power_of_2
+from setriton.kernels.trials import Trial
 
 # One image in place of 32, one hidden unit in place of 8: tiles of 64 images and 32 units become tiles of 2 and 4.
 _IMAGES, _HIDDEN = 32, 8
@@ -74,7 +74,7 @@ def all_scaled(cases: Iterable[Case], machine: Machine) -> list[Scaled]:
 
 def cases_of_networks(batch_size: int, names: Iterable[str]) -> list[Case]:
     """Cases of the maps of networks, in each dtype and layout that can be tuned; networks without SE have none."""
-    from ...tune_plan import maps_of_model
+    from setriton.tune_plan import maps_of_model
 
     maps: dict[tuple[str, tuple[int, ...]], None] = {}
     for name in names:
@@ -98,7 +98,7 @@ def _small_tiles(channels: int, chunks: int) -> Iterator[None]:
     }
 
     def excite_blocks(n: int, r: int) -> dict[str, int]:
-        return cast(dict[str, int], blocks)
+        return blocks
 
     with contextlib.ExitStack() as stack:
         for module in (forward, backward):

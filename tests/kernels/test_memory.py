@@ -5,6 +5,7 @@
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -218,7 +219,7 @@ def test_an_arrival_orders_programs(seed: int | None) -> None:
         "resets what others count",
     ],
 )
-def test_what_is_no_arrival(arguments: dict, message: str) -> None:
+def test_what_is_no_arrival(arguments: dict[str, Any], message: str) -> None:
     fails(f"Race.*program 4 at .* {message}; no arrival orders them", lambda: hand_over(**arguments))
 
 

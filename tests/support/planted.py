@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import triton
 
-from setriton.kernels import excite
+from setriton.kernels import excite, primitives
 
 
 def count_the_tiles_of_the_group_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was once wrong: the launcher counted a full group's tiles, and the kernel those of the last, smaller one."""
-    unravel = excite.unravel
+    unravel = primitives.unravel
 
     def unravel_in_part(index: Any, inner: Any, middle: Any) -> Any:
         caller = sys._getframe(1).f_locals

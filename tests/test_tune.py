@@ -1,30 +1,20 @@
 """`setriton tune`: what is measured, kept, resumed and left out, with a meter that is told the numbers."""
 
 import dataclasses
-import os
 import re
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from faulty import faulty_worker
+from told_tuner import DEVICE, MEASURED, ToldMeter, tuner
 
 from setriton import cli, doctor, tune, tune_plan
-from setriton.bench.timing import Call, Timing
-from setriton.bench.tune_worker import WatchedWorker, Worker
-from setriton.bench.watchdog import Watched
 from setriton.kernels import stored
 from setriton.kernels.cases import H200, KINDS, Case, pick
 from setriton.kernels.config import SweepConfig
 from setriton.kernels.tuning import candidates_of
 
-DEVICE = "NVIDIA H200"
-MEASURED = {"driver": "1", "torch": "2", "triton": "3", "source": "of a test", "date": "2026-01-01"}
 CASES = tune_plan.plan(shapes=("128,256,56",), kinds=("bn-training", "bn-backward", "se"))
 
 
@@ -35,53 +25,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     stored.forget()
     yield stored.user_file(DEVICE)
     stored.forget()
-
-
-class ToldMeter:
-    """Takes a second for each case; the third configuration is the fastest, by a tenth."""
-
-    device = torch.device("cpu")
-    rotate_bytes = 4000
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.measured: list[int] = []
-
-    def time(self, calls: Sequence[Call]) -> list[Timing]:
-        for call in calls:
-            call()
-        self.now += 1
-        self.measured.append(len(calls))
-        return [Timing(0.9 if index == 2 else 1.0, 0.8, 1.2, 50) for index in range(len(calls))]
-
-    def clock(self) -> float:
-        return self.now
-
-
-class ToldTrial:
-    """Launches nothing; `results` of a configuration are what the test says."""
-
-    def __init__(self, results: Callable[[Case, SweepConfig], torch.Tensor]) -> None:
-        self.results = results
-
-    def __call__(self, case: Case, device: torch.device, rotate_bytes: int) -> "ToldTrial":
-        assert (device.type, rotate_bytes) == ("cpu", 4000)
-        self.case = case
-        return self
-
-    def call(self, found: SweepConfig) -> Callable[[], object]:
-        return lambda: None
-
-    def outputs(self, found: SweepConfig) -> dict[str, torch.Tensor]:
-        return {"y": self.results(self.case, found)}
-
-
-def same(case: Case, found: SweepConfig) -> torch.Tensor:
-    return torch.ones(3)
-
-
-def tuner(path: Path, meter: ToldMeter, results: Any = same, **changes: str) -> tune.Tuner:
-    return tune.Tuner(path, DEVICE, H200, MEASURED | changes, Worker(meter, ToldTrial(results)), meter.clock)
 
 
 def test_the_fastest_is_stored(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,84 +83,6 @@ def test_what_does_not_run_or_is_wrong_is_not_timed(cache: Path, capsys: pytest.
     shown = capsys.readouterr().out
     assert f"without {second}: error: RuntimeError: out of resource: shared memory\n" in shown
     assert shown.count("y differs from the model's pick's") == 2
-
-
-def test_candidates_that_hang_or_die_are_lost_alone(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Real child processes, which hang, die of a signal and lose their GPU for real, but launch nothing."""
-    first, *others = candidates_of(CASES[0], H200)
-    faults = dict(zip(others, ("hang", "crash", "illegal access", "error", "hang when timed"), strict=False))
-    child = Watched(faulty_worker, faults, patience=3.0)
-    found = tune.Tuner(cache, DEVICE, H200, MEASURED, WatchedWorker(child))
-    assert found.tune(CASES[:1]) == []
-    assert child.child is None
-    held = stored.read_failures(cache, DEVICE)
-    assert {config: failure.kind for (_, config), failure in held.items()} == {
-        config: fault.removesuffix(" when timed") for config, fault in faults.items()
-    }
-    assert all(failure.measured == MEASURED for failure in held.values())
-    shown = capsys.readouterr().out
-    assert shown.count(": without ForwardConfig") == len(faults)
-    assert "hang: nothing happened for 3 seconds" in shown
-    assert "illegal access: RuntimeError: CUDA error" in shown
-    # The others were compared and timed in the child after the last.
-    (entry,) = stored.read(cache, DEVICE).values()
-    assert (entry.config, entry.pick_ms) == (others[len(faults)], 1.0)
-
-    tried: list[SweepConfig] = []
-
-    def results(case: Case, found: SweepConfig) -> torch.Tensor:
-        tried.append(found)
-        return torch.ones(3)
-
-    stored.store(cache, DEVICE, [dataclasses.replace(entry, measured={"source": "of other kernels"})])
-    tuner(cache, ToldMeter(), results).tune(CASES[:1])
-    assert {*tried} == {first, *others} - {*faults}
-    assert "without 5 that failed before" in capsys.readouterr().out
-    tried.clear()
-    tuner(cache, ToldMeter(), results, source="of another day").tune(CASES[:1])
-    assert {*tried} == {first, *others}
-    tried.clear()
-    tuner(cache, ToldMeter(), results).tune(CASES[:1], force=True)
-    assert {*tried} == {first, *others}
-
-
-KILLED = """
-import sys
-from faulty import faulty_worker
-from setriton.bench.watchdog import Watched
-from setriton.kernels.cases import H200, Case, pick
-if __name__ == "__main__":
-    case = Case.of("se", (8, 64, 14, 14))
-    found = pick(case, H200)
-    child = Watched(faulty_worker, {found: "hang"}, patience=600.0)
-    child.call("close")
-    print(child.pid, flush=True)
-    child.call("check", case, found, found)
-"""
-
-
-def test_a_killed_parent_leaves_no_child(tmp_path: Path) -> None:
-    script = tmp_path / "killed.py"
-    script.write_text(KILLED)
-    support = str(Path(__file__).parent / "support")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([support, os.environ.get("PYTHONPATH", "")])}
-    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment) as parent:
-        assert parent.stdout is not None
-        child = int(parent.stdout.readline())
-        os.kill(child, 0)
-        parent.kill()
-    deadline = time.monotonic() + 20
-    while is_running(child):
-        assert time.monotonic() < deadline, "the child lives on"
-        time.sleep(0.05)
-
-
-def is_running(pid: int) -> bool:
-    """Whether a process is there, and is not one that nobody has asked how it ended."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_the_model_s_pick_may_fail(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:

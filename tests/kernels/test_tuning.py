@@ -197,8 +197,10 @@ def broken(**changes: Any) -> str:
         broken(tiles=0),
         broken(num_warps="4"),
         broken(stages=3),
+        '{"format": 1, "device": "NVIDIA H200", "entries": [], "failures": [{"kind": "hang"}]}',
+        '{"format": 1, "device": "NVIDIA H200", "entries": [], "failures": [{"kind": "late"}]}',
     ],
-    ids=range(13),
+    ids=range(15),
 )
 def test_a_file_of_something_else_is_named(text: str, cache: Path) -> None:
     cache.mkdir()

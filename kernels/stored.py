@@ -245,7 +245,8 @@ def _tune(case: Case, device: torch.device, name: str, machine: Machine) -> None
     path = user_file(name)
     _say_once("online", f"setriton: SETRITON_AUTOTUNE=online: tuning each new shape, into {path}", logging.WARNING)
     try:
-        store(path, name, [tune(case, device, machine)])
+        failed = {config for tried, config in read_failures(path, name) if tried == case}
+        store(path, name, [tune(case, device, machine, failed)])
     except (OSError, RuntimeError) as error:  # a full disk, or no memory beside the network's
         _say_once("failed", f"setriton: {case} was not tuned: {error}", logging.WARNING)
 

@@ -2,7 +2,7 @@
 
 import datetime
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import cast
 
 import torch
@@ -89,14 +89,17 @@ class Trial:
         return torch.empty(shape, device=self.device).normal_(generator=self.generator)
 
 
-def tune(case: Case, device: torch.device, machine: Machine) -> Entry:
+def tune(case: Case, device: torch.device, machine: Machine, failed: Container[SweepConfig] = ()) -> Entry:
     """Measure the candidates of a case with Triton's own clock, beside whatever else the process has on the GPU.
+
+    In this process, which a hang or an illegal access would take along; what is known to have failed is left out.
 
     Raises:
         RuntimeError: there is no memory for the maps.
     """
     trial, milliseconds = Trial(case, device), {}
     first, *others = candidates_of(case, machine)
+    others = [found for found in others if found not in failed]
     with torch.no_grad(), torch.cuda.device_of(trial.mean):
         for found in (first, *others):
             try:

@@ -5,7 +5,7 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from setriton.kernels import config, stored, tuning
 from setriton.kernels.cases import DTYPES, H200, KINDS, LAYOUTS, Case, Machine, fitted, kind_of, pick, programs
 from setriton.kernels.config import ForwardConfig, SweepConfig
-from setriton.kernels.stored import Entry, choose, store
+from setriton.kernels.entries import Entry, Failure
+from setriton.kernels.stored import choose, store
 from setriton.kernels.tuning import LIMIT, candidates, candidates_of
 
 DEVICE = "NVIDIA H200"
@@ -267,9 +268,12 @@ def test_tuning_on_first_use(
     from setriton.kernels import trials
 
     tuned: list[Case] = []
+    hanging = candidates_of(BIG, H200)[1]
+    store(stored.user_file(DEVICE), DEVICE, [], [Failure(BIG, hanging, "hang", "nothing happened", {})])
 
-    def tune(case: Case, device: torch.device, machine: Machine) -> Entry:
+    def tune(case: Case, device: torch.device, machine: Machine, failed: Container[SweepConfig]) -> Entry:
         tuned.append(case)
+        assert (hanging in failed) == (case == BIG)
         if case.kind == "se":
             raise torch.OutOfMemoryError("no memory for the maps")
         return an_entry(case)
@@ -344,4 +348,6 @@ def test_the_candidates_are_timed_where_tuning_is_online(device: torch.device, m
     entry = trials.tune(case, device, Machine(1, 2**18))
     assert entry.config == candidates_of(case, Machine(1, 2**18))[2]
     assert (entry.ms, entry.pick_ms) == (0.5, 1.0)
+    tried.clear()
+    assert trials.tune(case, device, Machine(1, 2**18), {entry.config}).config != entry.config
     assert torch.equal(torch.get_rng_state(), before)

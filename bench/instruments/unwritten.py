@@ -21,8 +21,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from .interpreter import wrapped
 
-# NaN in each floating-point type, with a payload that no arithmetic makes.
-POISON = np.uint64(0x7FE57FE57FE57FE5)
+# A quiet NaN in each floating-point type of two to eight bytes, with a payload that no arithmetic makes.
+POISON = np.uint64(0x7FFD7FFD7FFD7FFD)
 Bytes = npt.NDArray[np.uint8]
 
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from setriton.bench.instruments.memory import check_memory
 from setriton.bench.instruments.unwritten import POISON, bytes_of
 from setriton.ops import INTERPRET
 
@@ -99,6 +100,11 @@ def test_what_nobody_wrote(empty: Callable[[torch.dtype], Tensor], dtype: torch.
     assert (y == 2).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_poison_is_not_a_number(dtype: torch.dtype) -> None:
+    assert torch.empty(3, dtype=dtype).isnan().all()
+
+
 def test_what_nobody_wrote_in_another_layout() -> None:
     x = torch.empty(4, 4).t().contiguous()
     fails("Unwritten.*program 0", lambda: copy(x.view(16), torch.zeros(16)))
@@ -182,3 +188,12 @@ def test_an_empty_grid_and_empty_tensors() -> None:
     x, y = torch.empty(0), torch.empty(0)
     _copy_kernel[(0,)](x, y, 0, 0, 0, BLOCK=8)
     copy(x, y, count=0)
+
+
+def test_checks_may_be_nested() -> None:
+    x, y = torch.randn(16), torch.zeros(16)
+    with check_memory():
+        copy(x, y)
+        fails("Unwritten", lambda: copy(torch.empty(16), y))
+    fails("OutOfBounds", lambda: copy(x, y, first=4, limit=20))
+    assert torch.equal(x, y)

@@ -52,15 +52,13 @@ def test_the_pick_is_what_launchers_pick(
     monkeypatch.setattr(config, "multiprocessors", lambda device: H200.multiprocessors)
     monkeypatch.setattr(config, "l2_bytes", lambda device: H200.l2_bytes)
     x = torch.empty(shape, dtype=torch.bfloat16, device="meta", memory_format=LAYOUTS[layout])
-    act = KINDS[kind].bn_act
-    if KINDS[kind].is_forward:
-        want: SweepConfig = config.forward_config(x, KINDS[kind].training)
-        assert stored.forward_config(x, act, KINDS[kind].training) == want
+    facts = KINDS[kind]
+    if facts.is_forward:
+        found: SweepConfig = stored.forward_config(x, facts.bn_act, facts.training)
     else:
-        want = config.backward_config(x, act == "silu")
-        assert stored.backward_config(x, act) == want
-    assert pick(Case.of(kind, shape, "bfloat16", layout), H200) == want
-    assert kind_of(act, KINDS[kind].training, KINDS[kind].is_forward) == kind
+        found = stored.backward_config(x, facts.bn_act)
+    assert pick(Case.of(kind, shape, "bfloat16", layout), H200) == found
+    assert kind_of(facts.bn_act, facts.training, facts.is_forward) == kind
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -230,7 +228,7 @@ from setriton.kernels.cases import H200, Case, pick
 from setriton.kernels.stored import Entry, store
 path, first = Path(sys.argv[1]), int(sys.argv[2])
 for power in range(first, first + 15):
-    case = Case("se", 2**power, 8, 16, "bfloat16", "contiguous")
+    case = Case("se", 8, 2**power, 16, "bfloat16", "contiguous")
     store(path, "NVIDIA H200", [Entry(case, pick(case, H200), 1.0, 1.0, {})])
 """
 

@@ -12,9 +12,14 @@ T = TypeVar("T")
 
 def in_child(function: Callable[..., T], *arguments: Any) -> T:
     """The result of a function of a module; what it raises is raised here."""
+    with one_child() as child:
+        return child.submit(function, *arguments).result()
+
+
+def one_child() -> ProcessPoolExecutor:
+    """A process that starts when it is first asked for something."""
     # A checkout that nobody installed is found by hubconf's import hook, which a child does not inherit.
     hook: dict[str, Any] = {"initializer": importlib.import_module, "initargs": ("hubconf",)}
-    with ProcessPoolExecutor(
+    return ProcessPoolExecutor(
         1, multiprocessing.get_context("spawn"), **(hook if "hubconf" in sys.modules else {})
-    ) as child:
-        return child.submit(function, *arguments).result()
+    )  # fmt: skip

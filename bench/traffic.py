@@ -4,16 +4,18 @@ Counts are of bytes and of 32-byte sectors, the unit of memory transfers: a kern
 of a channels_last map asks for few bytes and moves 16 times as many.
 """
 
-import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from .instruments import accesses
+from .instruments.accesses import Watcher
+from .instruments.interpreter import watched_by
 
 SECTOR = 32
 # L2 caches keep and evict lines of four sectors.
@@ -81,70 +83,37 @@ def measure_traffic(function: Callable[[], Any], l2_bytes: int = 0) -> Traffic:
     Raises:
         RuntimeError: the process does not interpret kernels (TRITON_INTERPRET=1 must be set when it starts).
     """
-    from triton import knobs
-    from triton.runtime import interpreter
-
-    if not knobs.runtime.interpret:
-        raise RuntimeError("traffic is counted in Triton's interpreter: start the process with TRITON_INTERPRET=1")
     traffic, cache = Traffic(), _Cache(l2_bytes)
-    recorder = _Recorder(traffic, cache)
-    builder = interpreter.InterpreterBuilder
-    with (
-        _wrapped(interpreter.GridExecutor, "__call__", recorder.launch),
-        _wrapped(builder, "create_masked_load", recorder.load),
-        _wrapped(builder, "create_masked_store", recorder.store),
-    ):
+    with watched_by(_Recorder(traffic, cache)):
         function()
     cache.flush()
     traffic.hbm_loaded, traffic.hbm_stored = cache.loaded, cache.stored
     return traffic
 
 
-class _Recorder:
+class _Recorder(Watcher):
     """Attributes each access to the tensor argument of the running launch that it falls into."""
 
     def __init__(self, traffic: Traffic, cache: "_Cache") -> None:
         self.traffic = traffic
         self.cache = cache
-        self.spans: list[tuple[int, int, Access]] = []
 
-    def launch(self, original: Callable[..., Any], executor: Any, *arguments: Any, **options: Any) -> Any:
-        launch = Launch(executor.fn.__name__)
-        self.traffic.launches.append(launch)
-        self.spans = []
-        for name, value in {**dict(zip(executor.arg_names, arguments, strict=False)), **options}.items():
-            if isinstance(value, torch.Tensor):
-                access = launch.tensors.setdefault(name.removesuffix("_ptr"), Access())
-                start = value.untyped_storage().data_ptr()
-                self.spans.append((start, start + value.untyped_storage().nbytes(), access))
-        return original(executor, *arguments, **options)
+    def begin(self, launch: accesses.Launch) -> None:
+        names = [name.removesuffix("_ptr") for name in launch.tensors]
+        self.tensors = {name: Access() for name in names}
+        self.traffic.launches.append(Launch(launch.kernel, self.tensors))
 
-    def load(self, original: Callable[..., Any], builder: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-        addresses, size = _addresses(pointers, mask)
-        if addresses.size:
-            access, sectors = self._access(addresses), _units(addresses, SECTOR)
-            access.loaded += addresses.size * size
-            access.loaded_sectors += sectors.size * SECTOR
-            self.cache.load(_units(addresses, LINE))
-        return original(builder, pointers, mask, *rest)
+    def load(self, access: accesses.Access) -> None:
+        counted, sectors = self.tensors[access.argument.name], _units(access.addresses, SECTOR)
+        counted.loaded += access.addresses.size * access.size
+        counted.loaded_sectors += sectors.size * SECTOR
+        self.cache.load(_units(access.addresses, LINE))
 
-    def store(
-        self, original: Callable[..., Any], builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any
-    ) -> Any:
-        addresses, size = _addresses(pointers, mask)
-        if addresses.size:
-            access, sectors = self._access(addresses), _units(addresses, SECTOR)
-            access.stored += addresses.size * size
-            access.stored_sectors += sectors.size * SECTOR
-            self.cache.store(_units(addresses, LINE))
-        return original(builder, pointers, value, mask, *rest)
-
-    def _access(self, addresses: npt.NDArray[np.int64]) -> Access:
-        low, high = int(addresses.min()), int(addresses.max())
-        for start, end, access in self.spans:
-            if start <= low and high < end:
-                return access
-        raise IndexError(f"a kernel touches addresses {low} to {high}, outside each of its arguments")
+    def store(self, access: accesses.Access) -> None:
+        counted, sectors = self.tensors[access.argument.name], _units(access.addresses, SECTOR)
+        counted.stored += access.addresses.size * access.size
+        counted.stored_sectors += sectors.size * SECTOR
+        self.cache.store(_units(access.addresses, LINE))
 
 
 class _Cache:
@@ -181,24 +150,6 @@ class _Cache:
             self.stored += LINE * evicted_written
 
 
-@contextlib.contextmanager
-def _wrapped(owner: type, name: str, wrapper: Callable[..., Any]) -> Iterator[None]:
-    original = getattr(owner, name)
-
-    def call(*arguments: Any, **options: Any) -> Any:
-        return wrapper(original, *arguments, **options)
-
-    with mock.patch.object(owner, name, call):
-        yield
-
-
-def _addresses(pointers: Any, mask: Any) -> tuple[npt.NDArray[np.int64], int]:
-    """Addresses of the elements that the mask lets through, and the bytes of one."""
-    addresses = np.asarray(pointers.data).astype(np.int64)
-    size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-    return addresses[np.broadcast_to(np.asarray(mask.data, dtype=bool), addresses.shape)], size
-
-
-def _units(addresses: npt.NDArray[np.int64], unit: int) -> npt.NDArray[np.int64]:
+def _units(addresses: accesses.Addresses, unit: int) -> npt.NDArray[np.int64]:
     """Numbers of the sectors or lines that one access touches; elements are aligned, so none straddles two."""
-    return np.unique(addresses // unit)
+    return np.unique(addresses.astype(np.int64) // unit)

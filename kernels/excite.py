@@ -54,15 +54,18 @@ def _add_chunks(
 
 @triton.jit
 def hidden_tile(
-    index, first_image, last_image, part_ptr, squeezed_ptr, chunks_ptr, counters_ptr, z1_ptr,
+    index, first_image, last_image, tiles_n, part_ptr, squeezed_ptr, chunks_ptr, counters_ptr, z1_ptr,
     weight_ptr, bias_ptr, mean_ptr, var_ptr, w1_ptr, b1_ptr,
     N, C, R, SPLITS, n_chunks, eps,
     SQUEEZED_IS_X: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of a tile of z1 = W1 q + b1; whether the tile is complete now. Keeps the squeezed map, added up."""
+    """One chunk of a tile of z1 = W1 q + b1; whether the tile is complete now. Keeps the squeezed map, added up.
+
+    Every group has tiles_n tiles of images, as the launcher counts them; the last group may have images for fewer.
+    """
     blocks_r = tl.cdiv(R, BLOCK_R)
-    chunk, block_n, block_r = unravel(index, blocks_r, tl.cdiv(last_image - first_image, BLOCK_N))
+    chunk, block_n, block_r = unravel(index, blocks_r, tiles_n)
     offs_n = first_image + block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < last_image
     offs_r, mask_r = block_offsets(block_r, BLOCK_R, R)
@@ -90,13 +93,13 @@ def hidden_tile(
 
 @triton.jit
 def gate_tile(
-    index, first_image, last_image, z1_ptr, w2_ptr, b2_ptr, e_ptr,
+    index, first_image, last_image, tiles_n, z1_ptr, w2_ptr, b2_ptr, e_ptr,
     C, R,
     ACT: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """One (BLOCK_N, BLOCK_G) tile of e = gate(W2 act(z1) + b2)."""
-    _, block_n, block_c = unravel(index, tl.cdiv(C, BLOCK_G), tl.cdiv(last_image - first_image, BLOCK_N))
+    _, block_n, block_c = unravel(index, tl.cdiv(C, BLOCK_G), tiles_n)
     offs_n = first_image + block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < last_image
     offs_c, mask_c = block_offsets(block_c, BLOCK_G, C)

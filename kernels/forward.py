@@ -239,7 +239,7 @@ class _Launch:
         grid = (once + groups * (sum(pieces.values()) - once),)
         forward_kernel[grid](
             **self.tensors, **self.options, **blocks, **pieces, FIRST=first, LAST=last,
-            group_images=group_images, groups=groups, n_counters=n_counters,
+            group_images=group_images, groups=groups, tiles_n=blocks_n, n_counters=n_counters,
             counters_ptr=counters(self.x.device, n_counters),
         )  # fmt: skip
 

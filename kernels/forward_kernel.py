@@ -95,14 +95,14 @@ def _apply_sweep(
 
 
 @triton.jit(do_not_specialize=[
-    "N", "SPLITS", "IMAGES", "tiles_per_split", "n_pieces", "group_images", "groups", "n_statistics", "n_finalize",
-    "n_squeeze", "n_hidden", "n_gate", "n_apply", "n_chunks", "n_counters",
+    "N", "SPLITS", "IMAGES", "tiles_per_split", "n_pieces", "group_images", "groups", "tiles_n", "n_statistics",
+    "n_finalize", "n_squeeze", "n_hidden", "n_gate", "n_apply", "n_chunks", "n_counters",
 ])  # fmt: skip
 def forward_kernel(
     x_ptr, residual_ptr, y_ptr, bits_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,
     running_mean_ptr, running_var_ptr, new_running_mean_ptr, new_running_var_ptr,
     w1_ptr, b1_ptr, w2_ptr, b2_ptr, moments_ptr, part_ptr, squeezed_ptr, chunks_ptr, z1_ptr, e_ptr, counters_ptr,
-    N, C, HW, R, SPLITS, IMAGES, tiles_per_split, n_pieces, group_images, groups,
+    N, C, HW, R, SPLITS, IMAGES, tiles_per_split, n_pieces, group_images, groups, tiles_n,
     n_statistics, n_finalize, n_squeeze, n_hidden, n_gate, n_apply, n_chunks, n_counters,
     stride_hw, stride_c, eps, momentum,
     FIRST: tl.constexpr, LAST: tl.constexpr, HAS_SQUEEZE: tl.constexpr,
@@ -159,7 +159,7 @@ def forward_kernel(
             elif FIRST <= FINALIZE:
                 wait_for(counters_ptr + 2, n_finalize)
             is_complete = hidden_tile(
-                index, first_image, last_image, part_ptr, squeezed_ptr, chunks_ptr, tiles_ctr, z1_ptr,
+                index, first_image, last_image, tiles_n, part_ptr, squeezed_ptr, chunks_ptr, tiles_ctr, z1_ptr,
                 weight_ptr, bias_ptr, mean_ptr, var_ptr, w1_ptr, b1_ptr, N, C, R, SPLITS, n_chunks, eps,
                 SQUEEZED_IS_X, PRECISION, BLOCK_N, BLOCK_R, BLOCK_K, CHUNK,
             )  # fmt: skip
@@ -169,7 +169,7 @@ def forward_kernel(
         if phase == GATE:
             wait_for(hidden_ctr, n_hidden // n_chunks)
             gate_tile(
-                index, first_image, last_image, z1_ptr, w2_ptr, b2_ptr, e_ptr, C, R,
+                index, first_image, last_image, tiles_n, z1_ptr, w2_ptr, b2_ptr, e_ptr, C, R,
                 ACT, GATE_FN, PRECISION, BLOCK_N, BLOCK_R, BLOCK_G,
             )  # fmt: skip
             if LAST > GATE:

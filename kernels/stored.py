@@ -13,64 +13,21 @@ import os
 import re
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from .cases import DTYPES, KINDS, LAYOUTS, Case, Machine, fitted, kind_of, pick
+from .cases import Case, Machine, fitted, kind_of, pick
 from .config import ForwardConfig, SweepConfig
+from .entries import Entry, Failure, Key
 from .layout import is_channels_last
 
 SHIPPED = Path(__file__).with_name("configs")
 FORMAT = 1
 
 log = logging.getLogger("setriton")
-Key = tuple[str, str, str, tuple[int, int, int]]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """The fastest configuration of one case; its milliseconds and those of the model's pick; when, and with what."""
-
-    case: Case
-    config: SweepConfig
-    ms: float
-    pick_ms: float
-    measured: dict[str, str]
-
-    @property
-    def key(self) -> Key:
-        """What it holds for."""
-        return self.case.kind, self.case.dtype, self.case.layout, self.case.bucket
-
-    @classmethod
-    def from_json(cls, row: dict[str, Any]) -> Self:
-        """Raises KeyError, TypeError or ValueError for what is none."""
-        case = Case(**row["case"])
-        kind = KINDS[case.kind]
-        found = (ForwardConfig if kind.is_forward else SweepConfig)(**row["config"])
-        sizes = case.n, case.channels, case.hw, *(v for v in vars(found).values() if v is not None)
-        if case.dtype not in DTYPES or case.layout not in LAYOUTS or not all(_is_size(size) for size in sizes):
-            raise ValueError(f"no such case or configuration: {row}")
-        powers = found.block_hw, found.block_c, found.num_warps
-        if any(size & (size - 1) for size in powers) or found.block_c < 8 or found.num_warps > 32:
-            raise ValueError(f"block_hw, block_c from 8 and num_warps to 32 are powers of two: {row}")
-        if isinstance(found, ForwardConfig) and found.launches > 3:
-            raise ValueError(f"launches are 1, 2 or 3: {row}")
-        return cls(case, found, float(row["ms"]), float(row["pick_ms"]), dict(row["measured"]))
-
-    def to_json(self) -> dict[str, Any]:
-        """As `from_json` reads it."""
-        # Six digits: a clock that ticks in half a microsecond has no more.
-        times = {"ms": float(f"{self.ms:.6g}"), "pick_ms": float(f"{self.pick_ms:.6g}")}
-        return {"case": vars(self.case), "config": vars(self.config), **times, "measured": self.measured}
-
-
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def slug(device: str) -> str:
@@ -95,23 +52,37 @@ def read(path: Path, device: str) -> dict[Key, Entry]:
         ValueError: the file holds something else, or another device's entries.
         OSError: it cannot be read.
     """
+    return _read(path, device)[0]
+
+
+def read_failures(path: Path, device: str) -> dict[tuple[Case, SweepConfig], Failure]:
+    """Configurations that failed, and are not to be tried again.
+
+    Raises:
+        ValueError, OSError: as `read`.
+    """
+    return _read(path, device)[1]
+
+
+def _read(path: Path, device: str) -> tuple[dict[Key, Entry], dict[tuple[Case, SweepConfig], Failure]]:
     try:
         text = path.read_bytes()
     except FileNotFoundError:
-        return {}
+        return {}, {}
     try:
         data = json.loads(text)
         if data["format"] != FORMAT or slug(data["device"]) != slug(device):
             raise ValueError(f"format {FORMAT} and device {device!r} are wanted")
         entries = [Entry.from_json(row) for row in data["entries"]]
+        failures = [Failure.from_json(row) for row in data.get("failures", ())]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{path} holds no tuned configurations of {device}; move it away ({reason})") from None
-    return {entry.key: entry for entry in entries}
+    return {entry.key: entry for entry in entries}, {failure.key: failure for failure in failures}
 
 
-def store(path: Path, device: str, entries: Iterable[Entry]) -> None:
-    """Add entries to a file, in place of those with their keys; whoever else writes it at the same time waits.
+def store(path: Path, device: str, entries: Iterable[Entry], failures: Iterable[Failure] = ()) -> None:
+    """Add to a file, in place of what has the same keys; whoever else writes it at the same time waits.
 
     Raises:
         ValueError: as `read`.
@@ -119,10 +90,19 @@ def store(path: Path, device: str, entries: Iterable[Entry]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path):
-        merged = read(path, device) | {entry.key: entry for entry in entries}
-        # A line an entry: a case measured again is a line in a diff.
-        lines = ",\n".join(f"  {json.dumps(merged[key].to_json())}" for key in sorted(merged))
-        text = f'{{\n "format": {FORMAT},\n "device": {json.dumps(device)},\n "entries": [\n{lines}\n ]\n}}\n'
+        held, failed = _read(path, device)
+        held |= {entry.key: entry for entry in entries}
+        failed |= {failure.key: failure for failure in failures}
+        rows = {
+            "entries": [held[key].to_json() for key in sorted(held)],
+            "failures": [failed[key].to_json() for key in sorted(failed, key=str)],
+        }
+        # A line each: a case measured again is a line in a diff.
+        lists = ",\n".join(
+            f' "{name}": [\n' + ",\n".join(f"  {json.dumps(row)}" for row in listed) + "\n ]"
+            for name, listed in rows.items() if listed or name == "entries"
+        )  # fmt: skip
+        text = f'{{\n "format": {FORMAT},\n "device": {json.dumps(device)},\n{lists}\n}}\n'
         temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
         temporary.write_text(text)
         temporary.replace(path)
@@ -265,7 +245,8 @@ def _tune(case: Case, device: torch.device, name: str, machine: Machine) -> None
     path = user_file(name)
     _say_once("online", f"setriton: SETRITON_AUTOTUNE=online: tuning each new shape, into {path}", logging.WARNING)
     try:
-        store(path, name, [tune(case, device, machine)])
+        failed = {config for tried, config in read_failures(path, name) if tried == case}
+        store(path, name, [tune(case, device, machine, failed)])
     except (OSError, RuntimeError) as error:  # a full disk, or no memory beside the network's
         _say_once("failed", f"setriton: {case} was not tuned: {error}", logging.WARNING)
 

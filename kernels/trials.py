@@ -2,7 +2,7 @@
 
 import datetime
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import cast
 
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor
 from .backward import Saved, backward
 from .cases import KINDS, Case, Machine
 from .config import ForwardConfig, SweepConfig
+from .entries import Entry
 from .forward import BatchNorm, Excitation, forward
 from .layout import packed_shape
-from .stored import Entry
 from .tuning import best_of, candidates_of
 
 
@@ -27,14 +27,15 @@ class Trial:
         case: what to launch.
         device: where.
         rotate_bytes: each call takes the next copy, so that more of them than a cache holds are never found in it.
+        hidden: units of the excitation; None is a sixteenth of the channels.
     """
 
-    def __init__(self, case: Case, device: torch.device, rotate_bytes: int = 0) -> None:
+    def __init__(self, case: Case, device: torch.device, rotate_bytes: int = 0, hidden: int | None = None) -> None:
         self.kind, self.case, self.device = KINDS[case.kind], case, device
         # A generator of its own: the user's random numbers stay what they were.
         self.generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
         n, c = case.n, case.channels
-        r = max(1, c // 16)
+        r = hidden or max(1, c // 16)
         act = self.kind.bn_act
         self.has_residual = act == "identity"
         self.out_act = "relu" if self.has_residual else "identity"
@@ -88,14 +89,17 @@ class Trial:
         return torch.empty(shape, device=self.device).normal_(generator=self.generator)
 
 
-def tune(case: Case, device: torch.device, machine: Machine) -> Entry:
+def tune(case: Case, device: torch.device, machine: Machine, failed: Container[SweepConfig] = ()) -> Entry:
     """Measure the candidates of a case with Triton's own clock, beside whatever else the process has on the GPU.
+
+    In this process, which a hang or an illegal access would take along; what is known to have failed is left out.
 
     Raises:
         RuntimeError: there is no memory for the maps.
     """
     trial, milliseconds = Trial(case, device), {}
     first, *others = candidates_of(case, machine)
+    others = [found for found in others if found not in failed]
     with torch.no_grad(), torch.cuda.device_of(trial.mean):
         for found in (first, *others):
             try:

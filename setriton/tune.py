@@ -1,25 +1,24 @@
 """Launch configurations measured on this GPU, for the maps of a network: `setriton tune`."""
 
-import concurrent.futures
+import contextlib
 import functools
 import math
-import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from .bench.environment import environment
 from .bench.measure import digest
-from .bench.timing import GpuMeter, Meter
+from .bench.tune_worker import PATIENCE, Failed, WatchedWorker, Worker, gpu_worker
+from .bench.watchdog import Watched
 from .command import show
 from .kernels import stored
 from .kernels.cases import KINDS, Case, Machine
 from .kernels.config import ForwardConfig, SweepConfig
-from .kernels.stored import Entry
+from .kernels.entries import Entry, Failure, Key
 from .kernels.tuning import best_of, candidates_of
 from .tune_plan import plan
 
@@ -28,16 +27,7 @@ if TYPE_CHECKING:
 
 # An entry is measured again where one of these has changed.
 IDENTITY = ("driver", "torch", "triton", "source")
-# Of its norm, how far a result may be from the model's pick's. Sums in another order change a bfloat16 result by 0.004.
-FAR = 1 / 64
 SECONDS_OF_A_CANDIDATE = 0.05
-
-
-class Trials(Protocol):
-    """What `setriton.kernels.trials.Trial` is; tests have one that launches nothing."""
-
-    def call(self, found: SweepConfig) -> Callable[[], object]: ...
-    def outputs(self, found: SweepConfig) -> dict[str, Tensor]: ...
 
 
 def run(
@@ -81,13 +71,10 @@ def run(
     device = torch.device("cuda", torch.cuda.current_device())
     where = environment()
     name = where.pop("device")
-    from .kernels.trials import Trial
-
     path = out or stored.user_file(name)
     measured = {**where, "source": source_digest(), "by": "setriton tune"}
-    Tuner(path, name, Machine.of(device), measured, GpuMeter(SECONDS_OF_A_CANDIDATE), Trial).tune(
-        cases, seconds, force=force
-    )
+    worker = WatchedWorker(Watched(gpu_worker, SECONDS_OF_A_CANDIDATE, device.index, patience=PATIENCE))
+    Tuner(path, name, Machine.of(device), measured, worker).tune(cases, seconds, force=force)
     return path
 
 
@@ -110,19 +97,26 @@ class Tuner:
         device: str,
         machine: Machine,
         measured: dict[str, str],
-        meter: Meter,
-        trial: Callable[[Case, torch.device, int], Trials],
+        worker: Worker | WatchedWorker,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.path, self.device, self.machine, self.measured = path, device, machine, measured
-        self.meter, self.trial, self.clock = meter, trial, clock
+        self.worker, self.clock = worker, clock
 
     def tune(self, cases: Sequence[Case], seconds: float = math.inf, *, force: bool = False) -> list[Case]:
-        """Measure what the file lacks, or everything; the cases that the time did not suffice for."""
+        """Measure what the file lacks, or everything; the cases that the time did not suffice for.
+
+        A candidate that hangs, dies, is refused or computes something else is stored as failed, and, unless `force`
+        asks for it, not tried again with the same kernels.
+        """
+        with contextlib.closing(self.worker):
+            return self._tune(cases, seconds, force)
+
+    def _tune(self, cases: Sequence[Case], seconds: float, force: bool) -> list[Case]:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         held = stored.read(self.path, self.device)
-        todo = [case for case in cases if force or not self._is_current(held, case)]
+        todo = [case for case in cases if force or not self._is_current(held.get(self._key(case)))]
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         start, took = self.clock(), 0.0
         with Progress(*columns) as progress:
@@ -137,62 +131,66 @@ class Tuner:
                     return list(todo[index:])
                 progress.update(task, description=str(case))
                 try:
-                    entry = self._measure(case, say)
+                    entry = self._measure(case, say, force)
                 except torch.OutOfMemoryError:
                     say(f"{case}: left out, not enough memory", style="red")
                 except KeyboardInterrupt:
                     say(f"{index} of {len(todo)} are in {self.path}; run again for the others")
                     raise
                 else:
-                    stored.store(self.path, self.device, [entry])
-                    say(f"{case}: {_told(entry)}")
+                    if entry is None:
+                        say(f"{case}: left out, no candidate runs", style="red")
+                    else:
+                        stored.store(self.path, self.device, [entry])
+                        say(f"{case}: {_told(entry)}")
                 took = self.clock() - begun
                 progress.advance(task)
         return []
 
-    def _is_current(self, held: dict[stored.Key, Entry], case: Case) -> bool:
-        entry = held.get((case.kind, case.dtype, case.layout, case.bucket))
-        return entry is not None and all(entry.measured.get(name) == self.measured.get(name) for name in IDENTITY)
+    def _key(self, case: Case) -> Key:
+        return case.kind, case.dtype, case.layout, case.bucket
 
-    def _measure(self, case: Case, say: Callable[[str], None]) -> Entry:
-        trial = self.trial(case, self.meter.device, self.meter.rotate_bytes)
+    def _is_current(self, held: Entry | Failure | None) -> bool:
+        return held is not None and all(held.measured.get(name) == self.measured.get(name) for name in IDENTITY)
+
+    def _measure(self, case: Case, say: Callable[[str], None], force: bool) -> Entry | None:
+        """The fastest of the candidates that run; None where none does."""
         first, *others = candidates_of(case, self.machine)
-        want = trial.outputs(first)
-        failures = _in_threads(lambda found: _failure(trial, found, want), others)
-        for found, failure in failures.items():
-            if failure:
-                say(f"{case}: without {found}: {failure}")
-        wanted = [first, *(found for found, failure in failures.items() if not failure)]
-        timings = self.meter.time([trial.call(found) for found in wanted])
-        milliseconds = {found: timed.median_ms for found, timed in zip(wanted, timings, strict=True)}
+        failed = {} if force else stored.read_failures(self.path, self.device)
+        wanted = [found for found in (first, *others) if not self._is_current(failed.get((case, found)))]
+        if len(wanted) <= len(others):
+            say(f"{case}: without {1 + len(others) - len(wanted)} that failed before")
+        self.worker.compile(case, wanted)
+        running: list[SweepConfig] = []
+        for found in wanted:
+            try:
+                # The first that runs, which is the model's pick where that does, is what the others are held against.
+                self.worker.check(case, (running or [found])[0], found)
+                running.append(found)
+            except Failed as failure:
+                self._drop(case, found, failure, say)
+        milliseconds = self._time(case, running, say)
+        if not milliseconds:
+            return None
         best = best_of(milliseconds, first)
-        return Entry(case, best, milliseconds[best], milliseconds[first], self.measured)
+        return Entry(case, best, milliseconds[best], milliseconds.get(first, milliseconds[best]), self.measured)
 
+    def _time(self, case: Case, running: list[SweepConfig], say: Callable[[str], None]) -> dict[SweepConfig, float]:
+        """Milliseconds; who fails now, though it ran, is left out, and the others are timed anew."""
+        while running:
+            try:
+                return dict(zip(running, self.worker.time(case, running), strict=True))
+            except Failed as failure:
+                # Where it is not known who failed, the case is given up.
+                index = failure.index
+                for found in running if index is None else [running[index]]:
+                    self._drop(case, found, failure, say)
+                running = [] if index is None else running[:index] + running[index + 1 :]
+        return {}
 
-def _in_threads(
-    function: Callable[[SweepConfig], str], configurations: Iterable[SweepConfig]
-) -> dict[SweepConfig, str]:
-    """Results by configuration. Each compiles for seconds, most of them in LLVM and ptxas, which run in parallel."""
-    pool = concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-    try:
-        futures = {found: pool.submit(function, found) for found in configurations}
-        return {found: future.result() for found, future in futures.items()}
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _failure(trial: Trials, found: SweepConfig, want: dict[str, Tensor]) -> str:
-    """Why a configuration is not to be timed; empty where it computes what the model's pick does."""
-    try:
-        for name, result in trial.outputs(found).items():
-            difference = (result.float() - want[name].float()).norm()
-            if not difference <= FAR * want[name].float().norm():
-                return f"{name} differs from the model's pick's"
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # of a compiler, or of resources that this GPU has not: the others are worth measuring
-        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    return ""
+    def _drop(self, case: Case, found: SweepConfig, failure: Failed, say: Callable[[str], None]) -> None:
+        say(f"{case}: without {found}: {failure.kind}: {failure.message}")
+        stored.store(self.path, self.device, [], [Failure(case, found, failure.kind, failure.message, self.measured)])
 
 
 def _told(entry: Entry) -> str:

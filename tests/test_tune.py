@@ -2,22 +2,19 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from told_tuner import DEVICE, MEASURED, ToldMeter, tuner
 
 from setriton import cli, doctor, tune, tune_plan
-from setriton.bench.timing import Call, Timing
 from setriton.kernels import stored
 from setriton.kernels.cases import H200, KINDS, Case, pick
 from setriton.kernels.config import SweepConfig
 from setriton.kernels.tuning import candidates_of
 
-DEVICE = "NVIDIA H200"
-MEASURED = {"driver": "1", "torch": "2", "triton": "3", "source": "of a test", "date": "2026-01-01"}
 CASES = tune_plan.plan(shapes=("128,256,56",), kinds=("bn-training", "bn-backward", "se"))
 
 
@@ -28,53 +25,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     stored.forget()
     yield stored.user_file(DEVICE)
     stored.forget()
-
-
-class ToldMeter:
-    """Takes a second for each case; the third configuration is the fastest, by a tenth."""
-
-    device = torch.device("cpu")
-    rotate_bytes = 4000
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.measured: list[int] = []
-
-    def time(self, calls: Sequence[Call]) -> list[Timing]:
-        for call in calls:
-            call()
-        self.now += 1
-        self.measured.append(len(calls))
-        return [Timing(0.9 if index == 2 else 1.0, 0.8, 1.2, 50) for index in range(len(calls))]
-
-    def clock(self) -> float:
-        return self.now
-
-
-class ToldTrial:
-    """Launches nothing; `results` of a configuration are what the test says."""
-
-    def __init__(self, results: Callable[[Case, SweepConfig], torch.Tensor]) -> None:
-        self.results = results
-
-    def __call__(self, case: Case, device: torch.device, rotate_bytes: int) -> "ToldTrial":
-        assert (device.type, rotate_bytes) == ("cpu", 4000)
-        self.case = case
-        return self
-
-    def call(self, found: SweepConfig) -> Callable[[], object]:
-        return lambda: None
-
-    def outputs(self, found: SweepConfig) -> dict[str, torch.Tensor]:
-        return {"y": self.results(self.case, found)}
-
-
-def same(case: Case, found: SweepConfig) -> torch.Tensor:
-    return torch.ones(3)
-
-
-def tuner(path: Path, meter: ToldMeter, results: Any = same, **changes: str) -> tune.Tuner:
-    return tune.Tuner(path, DEVICE, H200, MEASURED | changes, meter, ToldTrial(results), meter.clock)
 
 
 def test_the_fastest_is_stored(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,8 +81,24 @@ def test_what_does_not_run_or_is_wrong_is_not_timed(cache: Path, capsys: pytest.
     tuner(cache, meter, results).tune(CASES[:1])
     assert meter.measured == [1 + len(others)]
     shown = capsys.readouterr().out
-    assert f"without {second}: RuntimeError: out of resource: shared memory\n" in shown
+    assert f"without {second}: error: RuntimeError: out of resource: shared memory\n" in shown
     assert shown.count("y differs from the model's pick's") == 2
+
+
+def test_the_model_s_pick_may_fail(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, *others = candidates_of(CASES[0], H200)
+
+    def results(case: Case, found: SweepConfig) -> torch.Tensor:
+        if found == first or case != CASES[0]:
+            raise RuntimeError("out of resource")
+        return torch.ones(3)
+
+    meter = ToldMeter()
+    assert tuner(cache, meter, results).tune(CASES[:2]) == []
+    assert meter.measured == [len(others)]
+    (entry,) = stored.read(cache, DEVICE).values()
+    assert entry.ms == entry.pick_ms
+    assert "left out, no candidate runs" in capsys.readouterr().out
 
 
 def test_a_map_too_large_is_left_out(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:

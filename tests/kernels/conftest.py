@@ -1,11 +1,18 @@
 """Kernel tests run on the GPU where there is one, else in Triton's interpreter (TRITON_INTERPRET=1) on the CPU."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from time_limit import time_limit
 
+from setriton.bench.instruments.memory import check_memory
+from setriton.kernels import schedule
 from setriton.ops import INTERPRET
+
+# Of one test, compiling included.
+SECONDS_ON_A_GPU = 60.0
 
 if INTERPRET:
     import numpy as np
@@ -41,3 +48,29 @@ def device() -> torch.device:
     if not INTERPRET:
         pytest.skip("kernels need a GPU, or TRITON_INTERPRET=1 (make test runs them so)")
     return torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _ended_in_time(request: pytest.FixtureRequest) -> Iterator[None]:
+    """On a GPU a launch that never ends would leave no word of which it was."""
+    if INTERPRET or not torch.cuda.is_available():
+        yield
+        return
+    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+    with time_limit(SECONDS_ON_A_GPU, print if reporter is None else reporter.write_line, request.node.nodeid):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _checked_memory() -> Iterator[None]:
+    """Every interpreted launch: in bounds, nothing read that nobody wrote, no race, counters left at zero."""
+    if not INTERPRET:
+        yield
+        return
+    with check_memory():
+        yield
+    buffers = schedule._local.__dict__.get("buffers", {})
+    left = [buffer for buffer in buffers.values() if buffer.device.type == "cpu" and buffer.any()]
+    if left:
+        buffers.clear()
+    assert not left, "a launch has left counters for the next one"

@@ -6,8 +6,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from concurrency import Deadlock, side_by_side
 
+from setriton.bench.instruments.schedules import side_by_side
+from setriton.bench.instruments.waits import Deadlock
 from setriton.kernels import config, schedule
 from setriton.kernels.forward import BatchNorm, Excitation, Forward, forward
 from setriton.ops import INTERPRET

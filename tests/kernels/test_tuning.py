@@ -5,7 +5,7 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from setriton.kernels import config, stored, tuning
 from setriton.kernels.cases import DTYPES, H200, KINDS, LAYOUTS, Case, Machine, fitted, kind_of, pick, programs
 from setriton.kernels.config import ForwardConfig, SweepConfig
-from setriton.kernels.stored import Entry, choose, store
+from setriton.kernels.entries import Entry, Failure
+from setriton.kernels.stored import choose, store
 from setriton.kernels.tuning import LIMIT, candidates, candidates_of
 
 DEVICE = "NVIDIA H200"
@@ -51,15 +52,13 @@ def test_the_pick_is_what_launchers_pick(
     monkeypatch.setattr(config, "multiprocessors", lambda device: H200.multiprocessors)
     monkeypatch.setattr(config, "l2_bytes", lambda device: H200.l2_bytes)
     x = torch.empty(shape, dtype=torch.bfloat16, device="meta", memory_format=LAYOUTS[layout])
-    act = KINDS[kind].bn_act
-    if KINDS[kind].is_forward:
-        want: SweepConfig = config.forward_config(x, KINDS[kind].training)
-        assert stored.forward_config(x, act, KINDS[kind].training) == want
+    facts = KINDS[kind]
+    if facts.is_forward:
+        found: SweepConfig = stored.forward_config(x, facts.bn_act, facts.training)
     else:
-        want = config.backward_config(x, act == "silu")
-        assert stored.backward_config(x, act) == want
-    assert pick(Case.of(kind, shape, "bfloat16", layout), H200) == want
-    assert kind_of(act, KINDS[kind].training, KINDS[kind].is_forward) == kind
+        found = stored.backward_config(x, facts.bn_act)
+    assert pick(Case.of(kind, shape, "bfloat16", layout), H200) == found
+    assert kind_of(facts.bn_act, facts.training, facts.is_forward) == kind
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -197,8 +196,10 @@ def broken(**changes: Any) -> str:
         broken(tiles=0),
         broken(num_warps="4"),
         broken(stages=3),
+        '{"format": 1, "device": "NVIDIA H200", "entries": [], "failures": [{"kind": "hang"}]}',
+        '{"format": 1, "device": "NVIDIA H200", "entries": [], "failures": [{"kind": "late"}]}',
     ],
-    ids=range(13),
+    ids=range(15),
 )
 def test_a_file_of_something_else_is_named(text: str, cache: Path) -> None:
     cache.mkdir()
@@ -227,7 +228,7 @@ from setriton.kernels.cases import H200, Case, pick
 from setriton.kernels.stored import Entry, store
 path, first = Path(sys.argv[1]), int(sys.argv[2])
 for power in range(first, first + 15):
-    case = Case("se", 2**power, 8, 16, "bfloat16", "contiguous")
+    case = Case("se", 8, 2**power, 16, "bfloat16", "contiguous")
     store(path, "NVIDIA H200", [Entry(case, pick(case, H200), 1.0, 1.0, {})])
 """
 
@@ -265,9 +266,12 @@ def test_tuning_on_first_use(
     from setriton.kernels import trials
 
     tuned: list[Case] = []
+    hanging = candidates_of(BIG, H200)[1]
+    store(stored.user_file(DEVICE), DEVICE, [], [Failure(BIG, hanging, "hang", "nothing happened", {})])
 
-    def tune(case: Case, device: torch.device, machine: Machine) -> Entry:
+    def tune(case: Case, device: torch.device, machine: Machine, failed: Container[SweepConfig]) -> Entry:
         tuned.append(case)
+        assert (hanging in failed) == (case == BIG)
         if case.kind == "se":
             raise torch.OutOfMemoryError("no memory for the maps")
         return an_entry(case)
@@ -342,4 +346,6 @@ def test_the_candidates_are_timed_where_tuning_is_online(device: torch.device, m
     entry = trials.tune(case, device, Machine(1, 2**18))
     assert entry.config == candidates_of(case, Machine(1, 2**18))[2]
     assert (entry.ms, entry.pick_ms) == (0.5, 1.0)
+    tried.clear()
+    assert trials.tune(case, device, Machine(1, 2**18), {entry.config}).config != entry.config
     assert torch.equal(torch.get_rng_state(), before)

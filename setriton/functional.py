@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import ops, ops_tail, reference, reference_tail
+from . import composite, ops, ops_tail, reference, reference_tail
 from .checks import (
     check_batch_norm,
     check_choice,
@@ -59,6 +59,8 @@ def squeeze_excite(
     check_excitation(x, w1, b1, w2, b2)
     check_choice("act", act, reference.ACTS)
     check_choice("gate", gate, reference.GATES)
+    if _is_composite(x):
+        return composite.squeeze_excite(x, w1, b1, w2, b2, act, gate)
     x = as_dense(x)
     if _has_kernels(x):
         return ops.squeeze_excite(x, w1, b1, w2, b2, act, gate)[0]
@@ -188,14 +190,28 @@ def _tail(
         bn_weight = torch.ones_like(bn_bias)
     elif bn_bias is None and bn_weight is not None:
         bn_bias = torch.zeros_like(bn_weight)
+    others = (bn_weight, bn_bias, running_mean, running_var, w1, b1, w2, b2, residual)
+    options = (training, float(momentum), float(eps), bn_act, act, gate, out_act, group)
+    if _is_composite(x):
+        y = composite.bn_squeeze_excite(x, *others, *options)
+        return y, y
     function = ops_tail.bn_squeeze_excite if _has_kernels(x) else reference_tail.bn_squeeze_excite
-    tensors = (as_dense(x), bn_weight, bn_bias, running_mean, running_var, w1, b1, w2, b2, residual)
-    options = (training, float(momentum), float(eps), bn_act, act, gate, out_act)
-    y, y_skip, new_mean, new_var = function(*tensors, *options, group, fork)
+    y, y_skip, new_mean, new_var = function(as_dense(x), *others, *options, fork)
     if new_mean is not None and new_var is not None:
         with torch.no_grad():
             torch._foreach_copy_([running_mean, running_var], [new_mean, new_var])
     return y, y_skip
+
+
+def _is_composite(x: Tensor) -> bool:
+    """Whether a transform or tracer is active that wants PyTorch's own operations; said once where kernels would run.
+
+    torch.export knows the library's ops; where there are no kernels, an exported tail is as trainable as the module.
+    """
+    reason = composite.transform() or composite.tracer()
+    if reason and _has_kernels(x):
+        composite.report(reason)
+    return bool(reason) or (torch.compiler.is_exporting() and not _has_kernels(x))
 
 
 def _has_kernels(x: Tensor) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
-from . import reference
+from . import composite, reference
 from .kernels.layout import as_dense
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -105,11 +105,18 @@ def _(
     return torch.empty_like(as_dense(x)), like(w1), db1, like(w2), db2
 
 
+def wants_composite_gradients() -> bool:
+    """Whether what runs the backward pass differentiates or batches it, which kernels cannot; says so, once."""
+    reason = "a second derivative" if torch.is_grad_enabled() else composite.transform()
+    if reason:
+        composite.report(reason)
+    return bool(reason)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    x, w1, b1, w2, b2, ctx.act, ctx.gate = inputs
+    *tensors, ctx.act, ctx.gate = inputs
     _, q, z1, e = output
-    ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in (b1, b2)]
-    ctx.save_for_backward(x, w1, w2, q, z1, e)
+    ctx.save_for_backward(*tensors, q, z1, e)
     ctx.mark_non_differentiable(q, z1, e)
     ctx.set_materialize_grads(False)
 
@@ -117,10 +124,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 7
-    dx, dw1, db1, dw2, db2 = squeeze_excite_backward(dy, *ctx.saved_tensors, ctx.act, ctx.gate)
-    b1_dtype, b2_dtype = ctx.bias_dtypes
-    db1 = None if b1_dtype is None else db1.to(b1_dtype)
-    db2 = None if b2_dtype is None else db2.to(b2_dtype)
+    x, w1, b1, w2, b2, *kept = ctx.saved_tensors
+    if wants_composite_gradients():
+        found = composite.squeeze_excite_gradients(dy, (x, w1, b1, w2, b2), ctx.act, ctx.gate)
+        return *found, None, None
+    dx, dw1, db1, dw2, db2 = squeeze_excite_backward(dy, x, w1, w2, *kept, ctx.act, ctx.gate)
+    db1 = None if b1 is None else db1.to(b1.dtype)
+    db2 = None if b2 is None else db2.to(b2.dtype)
     return dx, dw1, db1, dw2, db2, None, None
 
 

@@ -140,7 +140,7 @@ def _gradients(
         wanted = [t for t in leaves if t is not None and t.requires_grad]
         # With a graph in any case: aten has forward derivatives of some functions' gradients only as it makes one.
         gradients = torch.autograd.grad(function(*leaves), wanted, dy, create_graph=True) if wanted else ()
-    if not torch.is_grad_enabled():
-        gradients = tuple(g.detach() for g in gradients)
+    if not torch.is_grad_enabled():  # copies leave the graph, as `detach` would, and keep forward derivatives
+        gradients = tuple(g.clone() for g in gradients)
     found = iter(gradients)
     return tuple(next(found) if t is not None and t.requires_grad else None for t in leaves)

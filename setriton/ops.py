@@ -16,13 +16,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
+from torch._library.autograd import make_autograd_impl
+from torch.autograd import forward_ad
+from torch.library import CustomOpDef, Library, custom_op
 from torch.utils.flop_counter import register_flop_formula
 
 from . import composite, reference
 from .kernels.layout import as_dense
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Additions to what `custom_op` registers; they last as long as this object.
+_LIBRARY = Library("setriton", "FRAGMENT")
 # The interpreter runs kernels on CPU tensors; Triton reads the variable once, when a kernel is decorated.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -39,6 +43,26 @@ def _triton_is_installed() -> bool:
         warnings.warn("setriton: Triton is not installed; running the slower PyTorch reference path", stacklevel=3)
         return False
     return True
+
+
+def refuse_transforms(op: CustomOpDef) -> None:
+    """Have an op raise, by its name, where it would be differentiated in forward mode or by torch.func.
+
+    The library's functions do not call ops there; exported programs may. Without this, ops lose tangents silently.
+    """
+    differentiate = make_autograd_impl(op._opoverload, op)
+
+    def kernel(keyset: Any, *arguments: Any) -> Any:
+        tensors = [t for t in arguments if isinstance(t, Tensor)]
+        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+            raise NotImplementedError(f"{op._qualname} has no forward-mode derivative; setriton's functions have one")
+        is_transformed = torch._C._are_functorch_transforms_active() and torch.is_grad_enabled()
+        if is_transformed and any(t.requires_grad for t in tensors):
+            raise NotImplementedError(f"{op._qualname} is not differentiated by torch.func; setriton's functions are")
+        return differentiate(keyset, *arguments)
+
+    for key in ("AutogradCPU", "AutogradCUDA"):
+        _LIBRARY.impl(op._opoverload, kernel, key, with_keyset=True)
 
 
 @custom_op("setriton::squeeze_excite", mutates_args=(), device_types="cuda", tags=(torch.Tag.flexible_layout,))
@@ -135,6 +159,8 @@ def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...
 
 
 squeeze_excite.register_autograd(_backward, setup_context=_setup_context)
+for _op in (squeeze_excite, squeeze_excite_backward):
+    refuse_transforms(_op)
 
 
 @register_flop_formula(torch.ops.setriton.squeeze_excite)

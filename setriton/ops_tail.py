@@ -11,7 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import composite
 from .batch_statistics import gradient_shares, merge_statistics, move_statistics
 from .kernels.layout import as_dense, packed_shape
-from .ops import INTERPRET, wants_composite_gradients
+from .ops import INTERPRET, refuse_transforms, wants_composite_gradients
 
 if TYPE_CHECKING:
     from .kernels.forward import BatchNorm, Excitation
@@ -166,6 +166,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Nine) -> None:
 
 
 _forward.register_autograd(lambda ctx, dy, *_: _gradients(ctx, dy, None), setup_context=_setup_context)
+for _op in (_forward, _backward):
+    refuse_transforms(_op)
 
 
 class _Fork(torch.autograd.Function):

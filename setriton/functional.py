@@ -1,5 +1,7 @@
 """The public functions: arguments checked, then the Triton op or the reference path, by device."""
 
+import contextlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,8 +57,9 @@ def squeeze_excite(
         TypeError: an argument is no floating-point tensor.
         ValueError: shapes or devices do not fit together, or `act` or `gate` is unknown.
     """
-    check_tensors(x=x, w1=w1, b1=b1, w2=w2, b2=b2)
-    check_excitation(x, w1, b1, w2, b2)
+    with _no_tracer_warnings():
+        check_tensors(x=x, w1=w1, b1=b1, w2=w2, b2=b2)
+        check_excitation(x, w1, b1, w2, b2)
     check_choice("act", act, reference.ACTS)
     check_choice("gate", gate, reference.GATES)
     if _is_composite(x):
@@ -177,15 +180,16 @@ def _tail(
 ) -> tuple[Tensor, Tensor | None]:
     x, bn_weight, bn_bias, running_mean, running_var, w1, b1, w2, b2, residual = tensors
     training, momentum, eps, bn_act, act, gate, out_act = options
-    check_tensors(**dict(zip(_TAIL_TENSORS, tensors, strict=True)))
-    check_excitation(x, w1, b1, w2, b2)
-    check_batch_norm(x, bn_weight, bn_bias, running_mean, running_var, training, momentum, eps)
-    check_residual(residual, x)
+    with _no_tracer_warnings():
+        check_tensors(**dict(zip(_TAIL_TENSORS, tensors, strict=True)))
+        check_excitation(x, w1, b1, w2, b2)
+        check_batch_norm(x, bn_weight, bn_bias, running_mean, running_var, training, momentum, eps)
+        check_residual(residual, x)
+        group = check_process_group(process_group, x, training)
     check_choice("bn_act", bn_act, reference.BN_ACTS)
     check_choice("act", act, reference.ACTS)
     check_choice("gate", gate, reference.GATES)
     check_choice("out_act", out_act, reference.OUT_ACTS)
-    group = check_process_group(process_group, x, training)
     if bn_weight is None and bn_bias is not None:
         bn_weight = torch.ones_like(bn_bias)
     elif bn_bias is None and bn_weight is not None:
@@ -201,6 +205,13 @@ def _tail(
         with torch.no_grad():
             torch._foreach_copy_([running_mean, running_var], [new_mean, new_var])
     return y, y_skip
+
+
+def _no_tracer_warnings() -> contextlib.AbstractContextManager[object]:
+    """torch.jit.trace warns of each size that is compared, as if the result depended on it."""
+    if not torch.jit.is_tracing():
+        return contextlib.nullcontext()
+    return warnings.catch_warnings(action="ignore", category=torch.jit.TracerWarning)
 
 
 def _is_composite(x: Tensor) -> bool:

@@ -2,14 +2,13 @@
 
 import functools
 import logging
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from setriton.checks import check_choice, check_size
+from setriton.checks import check_choice, check_ratio, check_size
 from setriton.modules import SqueezeExcite, bn_se_forward
 
 _log = logging.getLogger("setriton")
@@ -84,8 +83,7 @@ class SEOptions:
         check_size("rd_divisor", self.rd_divisor)
         if self.rd_channels is not None:
             check_size("rd_channels", self.rd_channels)
-        if not 0 < self.rd_ratio < math.inf:
-            raise ValueError(f"rd_ratio must be positive; got {self.rd_ratio}")
+        check_ratio("rd_ratio", self.rd_ratio)
 
     @property
     def is_stock(self) -> bool:

@@ -41,8 +41,8 @@ def squeeze_excite(
     On CUDA and ROCm devices, Triton kernels in 3 passes over the map (4 backward); elsewhere, plain PyTorch.
 
     Args:
-        x: feature map (N, C, H, W) of any floating dtype. Contiguous and channels_last are read as they are, other
-            strides are copied to channels_last once.
+        x: feature map (N, C, H, W), float16, bfloat16, float32 or float64. Contiguous and channels_last are read as
+            they are, other strides are copied to channels_last once.
         w1: reducing weight (R, C), or (R, C, 1, 1) as a 1x1 convolution holds it.
         b1: bias (R), or None.
         w2: expanding weight (C, R) or (C, R, 1, 1).
@@ -51,10 +51,11 @@ def squeeze_excite(
         gate: what maps the result to channel weights: sigmoid or hardsigmoid.
 
     Returns:
-        (N, C, H, W) in the dtype and layout of `x`. Differentiable once: the kernels have no second derivative.
+        (N, C, H, W) in the dtype and layout of `x`. Second derivatives, forward mode and torch.func's transforms run
+        PyTorch's own operations, said once where kernels would have run.
 
     Raises:
-        TypeError: an argument is no floating-point tensor.
+        TypeError: an argument is no dense floating-point tensor.
         ValueError: shapes or devices do not fit together, or `act` or `gate` is unknown.
     """
     with _no_tracer_warnings():
@@ -99,8 +100,8 @@ def bn_squeeze_excite(
     and 7 backward; written as separate modules they are 26 and more.
 
     Args:
-        x: feature map (N, C, H, W) of any floating dtype, the input of BN. Contiguous and channels_last are read as
-            they are, other strides are copied to channels_last once.
+        x: feature map (N, C, H, W), float16, bfloat16, float32 or float64, the input of BN. Contiguous and
+            channels_last are read as they are, other strides are copied to channels_last once.
         bn_weight: gamma (C), or None for 1.
         bn_bias: beta (C), or None for 0.
         running_mean: (C), or None as is `running_var`. Used where `training` is False, else updated in place.
@@ -109,7 +110,7 @@ def bn_squeeze_excite(
         b1: bias (R), or None.
         w2: expanding weight (C, R) or (C, R, 1, 1).
         b2: bias (C), or None.
-        residual: what is added to the result of SE, (N, C, H, W) of any floating dtype, or None.
+        residual: what is added to the result of SE, (N, C, H, W) of any of these dtypes, or None.
         training: whether to normalize with the statistics of the batch rather than the running ones.
         momentum: the weight of the batch in the running statistics.
         eps: what is added to the variance.
@@ -121,10 +122,12 @@ def bn_squeeze_excite(
             of different sizes. The gradients of the parameters are each rank's own share.
 
     Returns:
-        (N, C, H, W) in the dtype and layout of `x`. Differentiable once.
+        (N, C, H, W) in the dtype and layout of `x`. Second derivatives, forward mode and torch.func's transforms run
+        PyTorch's own operations, said once where kernels would have run; with a process group there are none.
 
     Raises:
-        TypeError: an argument is no floating-point tensor, or one of the options has another type.
+        TypeError: an argument is no dense floating-point tensor, or one of the options has another type.
+        NotImplementedError: a transform or second derivative over the statistics of a process group.
         ValueError: shapes or devices do not fit together, an option is unknown, there are no running statistics where
             `training` is False, or only one value per channel where it is True.
     """

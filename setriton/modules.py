@@ -1,12 +1,11 @@
 """The modules: parameters in the stock layout, the fused functions as their forward."""
 
-import math
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import torch
 from torch import Tensor, nn
 
-from .checks import check_choice, check_size
+from .checks import check_choice, check_ratio, check_size
 from .functional import bn_squeeze_excite, bn_squeeze_excite_forked, squeeze_excite
 from .reference import ACTS, BN_ACTS, GATES, OUT_ACTS
 
@@ -40,8 +39,8 @@ class SqueezeExcite(nn.Module):
         device, dtype: of the parameters.
 
     Raises:
-        TypeError: a width that is no int.
-        ValueError: a width below 1, or an unknown `act` or `gate`.
+        TypeError: a width that is no int, a ratio that is no number.
+        ValueError: a width below 1, a ratio of 0 or less, or an unknown `act` or `gate`.
     """
 
     def __init__(
@@ -60,8 +59,7 @@ class SqueezeExcite(nn.Module):
         check_choice("gate", gate, GATES)
         check_size("channels", channels)
         if rd_channels is None:
-            if not 0 < rd_ratio < math.inf:
-                raise ValueError(f"rd_ratio must be positive; got {rd_ratio}")
+            check_ratio("rd_ratio", rd_ratio)
             rd_channels = max(1, int(channels * rd_ratio))
         check_size("rd_channels", rd_channels)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}

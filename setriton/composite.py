@@ -7,6 +7,7 @@ take more passes over them.
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ def tracer() -> str:
     """The active tracer that knows aten's operations alone: torch.jit.trace or an ONNX exporter; else ""."""
     if torch.onnx.is_in_onnx_export():
         return "ONNX export"
-    return "torch.jit.trace" if torch.jit.is_tracing() else ""
+    return "torch.jit.trace" if torch.jit.is_tracing() else ""  # type: ignore[attr-defined]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # under torch.compile, at trace time
@@ -94,7 +95,11 @@ def squeeze_excite_gradients(
     dy: Tensor, tensors: tuple[Tensor | None, ...], act: str, gate: str
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, w1, b1, w2, b2, made of operations that can be differentiated in their turn."""
-    return _gradients(lambda *leaves: squeeze_excite(*leaves, act, gate), tensors, dy)
+
+    def function(*leaves: Any) -> Tensor:
+        return squeeze_excite(*leaves, act=act, gate=gate)
+
+    return _gradients(function, tensors, dy)
 
 
 def bn_squeeze_excite_gradients(
@@ -118,11 +123,11 @@ def bn_squeeze_excite_gradients(
         tensors: the first nine; where `training`, the running statistics are not read.
     """
 
-    def before_residual(*leaves: Tensor | None) -> Tensor:
+    def before_residual(*leaves: Any) -> Tensor:
         x, bn_weight, bn_bias, mean, var, *layers = leaves
         statistics = (None, None) if training else (mean, var)
-        options = (None, training, 0.0, eps, bn_act, act, gate, "identity", group)
-        return bn_squeeze_excite(x, bn_weight, bn_bias, *statistics, *layers, *options)  # type: ignore[arg-type]
+        options: tuple[Any, ...] = (None, training, 0.0, eps, bn_act, act, gate, "identity", group)
+        return bn_squeeze_excite(x, bn_weight, bn_bias, *statistics, *layers, *options)
 
     g = dy if dy_skip is None else dy + dy_skip
     if positive is not None:

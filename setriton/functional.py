@@ -64,7 +64,7 @@ def squeeze_excite(
     check_choice("act", act, reference.ACTS)
     check_choice("gate", gate, reference.GATES)
     if _is_composite(x):
-        return composite.squeeze_excite(x, w1, b1, w2, b2, act, gate)
+        return reference.squeeze_excite(x, w1, b1, w2, b2, act, gate)
     x = as_dense(x)
     if _has_kernels(x):
         return ops.squeeze_excite(x, w1, b1, w2, b2, act, gate)[0]
@@ -212,9 +212,9 @@ def _tail(
 
 def _no_tracer_warnings() -> contextlib.AbstractContextManager[object]:
     """torch.jit.trace warns of each size that is compared, as if the result depended on it."""
-    if not torch.jit.is_tracing():
+    if not composite.tracer():
         return contextlib.nullcontext()
-    return warnings.catch_warnings(action="ignore", category=torch.jit.TracerWarning)
+    return warnings.catch_warnings(action="ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined,call-overload]
 
 
 def _is_composite(x: Tensor) -> bool:

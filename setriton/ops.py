@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._library.autograd import make_autograd_impl
+from torch._library.custom_ops import CustomOpDef
 from torch.autograd import forward_ad
-from torch.library import CustomOpDef, Library, custom_op
+from torch.library import Library, custom_op
 from torch.utils.flop_counter import register_flop_formula
 
 from . import composite, reference

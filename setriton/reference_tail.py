@@ -243,7 +243,7 @@ class _Tail(torch.autograd.Function):
         return *(None if dtype is None or grad is None else grad.to(dtype) for grad, dtype in pairs), *(None,) * 9
 
 
-@torch.compiler.allow_in_graph
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def _differentiable(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """One call in Dynamo's graph: Dynamo would trace the backward pass as if no second derivative could follow it."""
     return _Tail.apply(*arguments)

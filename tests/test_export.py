@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnxruntime
+import onnxruntime  # type: ignore[import-untyped]
 import pytest
 import torch
 from torch import Tensor, nn

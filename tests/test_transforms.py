@@ -258,7 +258,8 @@ def test_per_sample_gradients_of_a_network(networks: tuple[nn.Module, nn.Module]
         one = grad(lambda *t, n=network: loss(n, *t))
         results.append(vmap(one, (None, None, 0, 0))(parameters, buffers, x, labels))
     assert_equal(*results)
-    alone = torch.autograd.grad(nn.functional.cross_entropy(networks[0](x[1:2]), labels[1:2]), networks[0].parameters())
+    weights = list(networks[0].parameters())
+    alone = torch.autograd.grad(nn.functional.cross_entropy(networks[0](x[1:2]), labels[1:2]), weights)
     assert_equal([g[1] for g in results[0].values()], list(alone))
 
 

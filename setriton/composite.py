@@ -96,8 +96,8 @@ def squeeze_excite_gradients(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, w1, b1, w2, b2, made of operations that can be differentiated in their turn."""
 
-    def function(*leaves: Any) -> Tensor:
-        return squeeze_excite(*leaves, act=act, gate=gate)
+    def function(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
+        return squeeze_excite(x, w1, b1, w2, b2, act, gate)
 
     return _gradients(function, tensors, dy)
 

@@ -186,6 +186,12 @@ class _Fork(torch.autograd.Function):
         return _gradients(ctx, dy, dy_skip)
 
 
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def _forked(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One call in Dynamo's graph: Dynamo would trace the backward pass as if no second derivative could follow it."""
+    return _Fork.apply(*inputs)
+
+
 def bn_squeeze_excite(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """As `reference_tail.bn_squeeze_excite`: y, with `fork` an alias of y, and the new running statistics.
 
@@ -195,7 +201,7 @@ def bn_squeeze_excite(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor | 
     is_differentiated = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
     inputs.append(inputs[16] == "relu" and is_differentiated)
     if fork and is_differentiated and not torch.compiler.is_exporting():
-        y, y_skip, new_mean, new_var = _Fork.apply(*inputs)
+        y, y_skip, new_mean, new_var = _forked(*inputs)
     else:
         y, *_, new_mean, new_var = _forward(*inputs)
         y_skip = y if fork else None

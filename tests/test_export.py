@@ -103,7 +103,9 @@ def test_a_trace_is_saved_and_loaded(network: nn.Module, tmp_path: Path) -> None
     with warnings.catch_warnings():
         warnings.simplefilter("error", torch.jit.TracerWarning)
         torch.jit.trace(network, (x[:2],)).save(tmp_path / "trace.pt")
-    torch.testing.assert_close(torch.jit.load(tmp_path / "trace.pt")(x), network(x))
+    loaded = torch.jit.load(tmp_path / "trace.pt")
+    for y in (x, torch.randn(3, 3, 12, 16)):
+        torch.testing.assert_close(loaded(y), network(y))
 
 
 def assert_trains_as(module: nn.Module, twin: nn.Module, x: Tensor) -> None:

@@ -2,14 +2,16 @@
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 from oracle import make_inputs, naive_squeeze_excite
 from tail_oracle import TailInputs, make_tail_inputs, naive_tail
-from torch import Tensor
+from torch import Tensor, nn
 
 import setriton
 from setriton import composite, ops, ops_tail
@@ -65,6 +67,54 @@ def test_second_derivatives_of_se(device: torch.device) -> None:
     tensors = [t.to(device) for t in make_inputs(*SHAPE, torch.float32, channels_last=True)[:5] if t is not None]
     wanted = second_derivative(lambda *t: naive_squeeze_excite(*t, "gelu", "sigmoid"), [t.double() for t in tensors])
     assert_equal(second_derivative(lambda *t: setriton.squeeze_excite(*t, act="gelu"), tensors), wanted)
+
+
+def test_second_derivatives_of_what_dynamo_traced(device: torch.device) -> None:
+    """Dynamo's graph, run as it is, drops none; AOTAutograd refuses."""
+    torch._dynamo.reset()
+    tensors = tail_inputs(device)
+    for function in (ours, forked):
+        compiled = torch.compile(function, backend="eager", fullgraph=True)
+        assert_equal(second_derivative(compiled, tensors), second_derivative(function, tensors))
+        with pytest.raises(RuntimeError, match="does not currently support double backward"):
+            second_derivative(torch.compile(function, backend="aot_eager", fullgraph=True), tensors)
+
+
+class Forked(nn.Module):
+    """A result with two uses; parameters are those of a tail."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        super().__init__()
+        self.tensors = nn.ParameterList(t.clone() for t in tensors[1:-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return forked(x, *self.tensors, x)
+
+
+def test_an_exported_program_trains(device: torch.device) -> None:
+    """Its op has both uses of the result behind it."""
+    tensors = tail_inputs(device)
+    module = Forked(tensors)
+    program = torch.export.export(module, (tensors[0],))
+    assert [str(n.target) for n in program.graph.nodes if "setriton" in str(n.target)] == [
+        "setriton.bn_squeeze_excite.default"
+    ]
+    results = []
+    for each in (program.module(), module):
+        y = each(tensors[0])
+        results.append([y, *torch.autograd.grad(y.square().sum(), list(each.parameters()))])
+    assert_equal(*results)
+
+
+def test_traces_hold_no_ops_of_ours(device: torch.device, tmp_path: Path) -> None:
+    tensors = tail_inputs(device)
+    module, x = Forked(tensors), tensors[0]
+    torch.jit.trace(module, (x,)).save(tmp_path / "trace.pt")
+    loaded = torch.jit.load(tmp_path / "trace.pt")
+    assert "setriton" not in str(loaded.inlined_graph)
+    assert_equal(loaded(x), module(x))
+    torch.onnx.export(module, (x,), tmp_path / "model.onnx", dynamo=False)
+    assert {node.domain for node in onnx.load(tmp_path / "model.onnx").graph.node} == {""}
 
 
 def test_transforms(device: torch.device) -> None:

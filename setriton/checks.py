@@ -93,6 +93,10 @@ def check_batch_norm(
             raise TypeError(f"{name} must be a number; got {number!r}")
         if not number >= 0:
             raise ValueError(f"{name} must be at least 0; got {number}")
+    for name in ("running_mean", "running_var"):
+        statistic = named[name]
+        if statistic is not None and statistic.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} must not require a gradient: statistics are given none; pass it detached")
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must both be tensors or both be None; got one of each")
     if not training and running_mean is None:

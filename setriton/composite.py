@@ -27,7 +27,9 @@ def transform() -> str:
 def tracer() -> str:
     """The active tracer that knows aten's operations alone: torch.jit.trace or an ONNX exporter; else ""."""
     is_traced = torch.jit.is_tracing()  # type: ignore[attr-defined]
-    if (is_traced or torch.compiler.is_exporting()) and torch.onnx.is_in_onnx_export():  # in this order: 15 times faster
+    if (
+        is_traced or torch.compiler.is_exporting()
+    ) and torch.onnx.is_in_onnx_export():  # in this order: 15 times faster
         return "ONNX export"
     return "torch.jit.trace" if is_traced else ""
 
@@ -140,7 +142,7 @@ def _gradients(
     function: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], dy: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Gradients of ``function(*inputs)``, computed anew; None for inputs that require none."""
-    with torch.enable_grad():
+    with torch.enable_grad(), autocast_disabled(dy):
         # Views: where one input is computed from another, the gradient must not run on from the one to the other.
         leaves = [None if t is None else t.view_as(t) for t in inputs]
         wanted = [t for t in leaves if t is not None and t.requires_grad]

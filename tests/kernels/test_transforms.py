@@ -130,6 +130,25 @@ def test_transforms(device: torch.device) -> None:
     assert_equal(*results)
 
 
+def test_networks_under_transforms(device: torch.device) -> None:
+    """Gradients of each image, and an ensemble."""
+    networks = [setriton.create_model("se_resnet20", num_classes=3, fused=f).to(device).eval() for f in (True, False)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    x = torch.randn(2, 3, 8, 8, device=device)
+    results = []
+    for network in networks:
+        parameters, buffers = torch.func.stack_module_state([network] * 2)
+
+        def logits(parameters: Any, buffers: Any, images: Tensor, network: nn.Module = network) -> Tensor:
+            return torch.func.functional_call(network, (parameters, buffers), images).sin()
+
+        one = torch.func.grad(lambda p, b, image, f=logits: f(p, b, image[None]).sum())
+        own = dict(network.named_parameters()), dict(network.named_buffers())
+        of_images = torch.vmap(one, (None, None, 0))(*own, x)
+        results.append([torch.vmap(logits, (0, 0, None))(parameters, buffers, x), *of_images.values()])
+    assert_equal(*results)
+
+
 def test_a_batch_of_gradients(device: torch.device) -> None:
     """A backward pass under vmap and one in forward mode, of a forward pass that kernels ran."""
     leaves = [t.requires_grad_() for t in tail_inputs(device)]

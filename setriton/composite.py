@@ -108,7 +108,7 @@ def squeeze_excite_gradients(
 def bn_squeeze_excite_gradients(
     dy: Tensor,
     dy_skip: Tensor | None,
-    positive: Tensor | None,
+    stopped: Tensor | None,
     tensors: tuple[Tensor | None, ...],
     has_residual: bool,
     training: bool,
@@ -122,7 +122,7 @@ def bn_squeeze_excite_gradients(
 
     Args:
         dy, dy_skip: gradients of the result's two uses.
-        positive: where the result is above 0, for out_act relu.
+        stopped: where out_act relu lets no gradient through; NaN is let through, as by torch.relu.
         tensors: the first nine; where `training`, the running statistics are not read.
     """
 
@@ -133,8 +133,8 @@ def bn_squeeze_excite_gradients(
         return bn_squeeze_excite(x, bn_weight, bn_bias, *statistics, *layers, *options)
 
     g = dy if dy_skip is None else dy + dy_skip
-    if positive is not None:
-        g = torch.where(positive, g, 0)
+    if stopped is not None:
+        g = torch.where(stopped, 0, g)
     return *_gradients(before_residual, tensors, g), g if has_residual else None
 
 

@@ -139,9 +139,9 @@ def _gradients(ctx: Any, dy: Tensor | None, dy_skip: Tensor | None) -> tuple[Ten
     x, bits, bn_weight, bn_bias, mean, var, w1, b1, w2, b2, *kept = ctx.saved_tensors
     gradients: tuple[Tensor | None, ...]
     if wants_composite_gradients():
-        positive = _unpacked(bits, x) if bits.numel() else None
+        stopped = _unset(bits, x) if bits.numel() else None
         tensors = (x, bn_weight, bn_bias, mean, var, w1, b1, w2, b2)
-        gradients = composite.bn_squeeze_excite_gradients(dy, dy_skip, positive, tensors, *ctx.options)
+        gradients = composite.bn_squeeze_excite_gradients(dy, dy_skip, stopped, tensors, *ctx.options)
     else:
         found = _backward(dy, dy_skip, x, bits, bn_weight, bn_bias, mean, var, w1, w2, *kept, *ctx.options)
         dx, dresidual, dweight, dbias, dw1, db1, dw2, db2 = found
@@ -152,12 +152,12 @@ def _gradients(ctx: Any, dy: Tensor | None, dy_skip: Tensor | None) -> tuple[Ten
     ) * 9
 
 
-def _unpacked(bits: Tensor, x: Tensor) -> Tensor:
-    """The booleans, in the shape of x, that the kernels packed as `kernels.layout.packed_shape` says."""
+def _unset(bits: Tensor, x: Tensor) -> Tensor:
+    """Where, in the shape of x, the bits are 0 that the kernels packed as `kernels.layout.packed_shape` says."""
     n, channels, height, width = x.shape
     of_byte = torch.arange(8, device=x.device, dtype=torch.uint8)[:, None]
-    booleans = (bits[:, :, None] >> of_byte & 1).bool()
-    return booleans.flatten(1, 2)[:, :channels, : height * width].view(n, channels, height, width)
+    zeros = (bits[:, :, None] >> of_byte & 1) == 0
+    return zeros.flatten(1, 2)[:, :channels, : height * width].view(n, channels, height, width)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Nine) -> None:

@@ -113,7 +113,7 @@ def bn_squeeze_excite_backward(
     dy: Tensor,
     dy_skip: Tensor | None,
     x: Tensor,
-    positive: Tensor | None,
+    stopped: Tensor | None,
     bn_weight: Tensor | None,
     bn_bias: Tensor | None,
     mean: Tensor,
@@ -133,7 +133,7 @@ def bn_squeeze_excite_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
     """dx, dresidual, dweight, dbias of BN, dw1, db1, dw2, db2, from two sweeps over the maps.
 
-    The first reads (dy, dy_skip, positive, x) and sums; what follows to the second's dx is of size (N, C). dresidual
+    The first reads (dy, dy_skip, stopped, x) and sums; what follows to the second's dx is of size (N, C). dresidual
     has dy's dtype, db1 and db2 that of the sums. Under a group, parameters' gradients are this rank's share.
     """
     dtype = mean.dtype
@@ -145,8 +145,8 @@ def bn_squeeze_excite_backward(
         g, centred = dy.to(dtype), x.to(dtype) - _map(mean)
         if dy_skip is not None:
             g = g + dy_skip.to(dtype)
-        if positive is not None:
-            g = torch.where(positive, g, 0)
+        if stopped is not None:
+            g = torch.where(stopped, 0, g)
         # dresidual; and the second sweep reads this map instead of the two, or three, that it is made of.
         joined = g.to(dy.dtype)
         if bn_act == "identity":
@@ -213,8 +213,8 @@ class _Tail(torch.autograd.Function):
             arguments
         )
         y, mean, var, squeezed, z1, e, new_mean, new_var = bn_squeeze_excite_forward(*arguments)
-        positive = y > 0 if out_act == "relu" else None
-        ctx.save_for_backward(x, positive, bn_weight, bn_bias, mean, var, w1, b1, w2, b2, squeezed, z1, e)
+        stopped = y <= 0 if out_act == "relu" else None
+        ctx.save_for_backward(x, stopped, bn_weight, bn_bias, mean, var, w1, b1, w2, b2, squeezed, z1, e)
         ctx.options = residual is not None, training, eps, bn_act, act, gate, group
         ctx.dtypes = [None if t is None else t.dtype for t in arguments[:10]]
         ctx.mark_non_differentiable(*(t for t in (new_mean, new_var) if t is not None))
@@ -228,14 +228,14 @@ class _Tail(torch.autograd.Function):
             dy, dy_skip = dy_skip, None
         if dy is None:
             return (None,) * 19
-        x, positive, bn_weight, bn_bias, mean, var, w1, b1, w2, b2, *kept = ctx.saved_tensors
+        x, stopped, bn_weight, bn_bias, mean, var, w1, b1, w2, b2, *kept = ctx.saved_tensors
         gradients: tuple[Tensor | None, ...]
         if torch.is_grad_enabled():  # a second derivative may follow
             tensors = (x, bn_weight, bn_bias, mean, var, w1, b1, w2, b2)
-            gradients = composite.bn_squeeze_excite_gradients(dy, dy_skip, positive, tensors, *ctx.options)
+            gradients = composite.bn_squeeze_excite_gradients(dy, dy_skip, stopped, tensors, *ctx.options)
         else:
             found = bn_squeeze_excite_backward(
-                dy, dy_skip, x, positive, bn_weight, bn_bias, mean, var, w1, w2, *kept, *ctx.options
+                dy, dy_skip, x, stopped, bn_weight, bn_bias, mean, var, w1, w2, *kept, *ctx.options
             )
             dx, dresidual, dweight, dbias, dw1, db1, dw2, db2 = found
             gradients = (dx, dweight, dbias, None, None, dw1, db1, dw2, db2, dresidual)

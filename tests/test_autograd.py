@@ -212,3 +212,16 @@ def test_statistics_have_no_gradient(training: bool) -> None:
             functional_call(tail, buffers, x)
         with torch.no_grad():
             functional_call(tail, buffers, x)
+
+
+def test_nan_lets_gradients_through(tails: list[nn.Module]) -> None:
+    """As torch.relu does: a NaN is not at or below 0."""
+    results = []
+    for module in tails:
+        x, residual = torch.ones(2, 4, 2, 3, dtype=torch.float64), torch.ones(2, 4, 2, 3, dtype=torch.float64)
+        residual[0, 1, 0, 2] = float("nan")
+        y = module.eval()(x, residual.requires_grad_())
+        for create_graph in (True, False):
+            results.append(torch.autograd.grad(y.sum(), residual, create_graph=create_graph)[0])
+    assert results[0][0, 1, 0, 2] == 1
+    assert_equal(results[:2], results[2:])

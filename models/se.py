@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from setriton.checks import check_choice, check_size
+from setriton.checks import check_choice, check_ratio, check_size
 from setriton.modules import SqueezeExcite, Step, called_tail, tail
 
 _log = logging.getLogger("setriton")
@@ -85,8 +84,7 @@ class SEOptions:
         check_size("rd_divisor", self.rd_divisor)
         if self.rd_channels is not None:
             check_size("rd_channels", self.rd_channels)
-        if not 0 < self.rd_ratio < math.inf:
-            raise ValueError(f"rd_ratio must be positive; got {self.rd_ratio}")
+        check_ratio("rd_ratio", self.rd_ratio)
 
     @property
     def is_stock(self) -> bool:

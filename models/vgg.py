@@ -2,6 +2,7 @@
 
 from typing import Any, Unpack
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -44,7 +45,7 @@ class VGG(Network):
 
     The arithmetic is that of torchvision's `vgg16_bn`, and so are the order of the state dict's tensors, the keys of
     the hidden layers (`classifier.0` and `.3`) and dropout, which is behind both of them. Images of other sizes are
-    averaged to 7x7 before the hidden layers.
+    pooled to 7x7 before the hidden layers.
 
     The paper on SE does not say where SE stands in VGG: after BN and ReLU of each convolution is the choice made here.
     It agrees with the paper's 15.48 billion operations, the squeeze's additions counted; so would fewer places.
@@ -52,8 +53,9 @@ class VGG(Network):
     Args:
         se: how blocks have SE; None for the plain network.
         hidden_size: width of the hidden layers, and of the features that the head gives without classes.
-        options: of `setriton.models.base.Options`. `global_pool` is avg, or "" for no head at all; `drop_rate` is 0.5
-            by default.
+        options: of `setriton.models.base.Options`. `global_pool` says how a map becomes 7x7; catavgmax gives the hidden
+            layers' features of the average beside those of the maximum; "" is no head at all. `drop_rate` is 0.5 by
+            default.
 
     Raises:
         TypeError, ValueError: a size out of range, another pool.
@@ -91,8 +93,6 @@ class VGG(Network):
             TypeError, ValueError: as for the constructor.
         """
         pool = self.global_pool if global_pool is None else global_pool
-        if pool not in ("avg", ""):
-            raise ValueError(f"global_pool must be avg in VGG, or '' for no head; got {pool!r}")
         super().reset_classifier(num_classes, pool)
         if not pool:
             self.classifier = nn.Identity()
@@ -111,16 +111,30 @@ class VGG(Network):
         )
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The 7x7 average, hidden layers, dropout and classifier; (N, hidden_size) if `pre_logits`."""
+        """The 7x7 map, hidden layers, dropout and classifier.
+
+        (N, hidden_size) if `pre_logits`, of catavgmax (N, 2 * hidden_size).
+        """
         if not self.global_pool:
             return x
-        x = F.adaptive_avg_pool2d(x, _HEAD_SIDE).flatten(1)
-        x = self.dropout(self.classifier(x))
+        features = [self.classifier(pooled.flatten(1)) for pooled in _pooled(x, self.global_pool)]
+        x = self.dropout(features[0] if len(features) == 1 else torch.cat(features, dim=1))
         return x if pre_logits else self.fc(x)
 
     def prune(self, last: int) -> None:
         super().prune(last)
         self.reset_classifier(0, "")
+
+
+def _pooled(x: Tensor, kind: str) -> list[Tensor]:
+    """The 7x7 maps that the hidden layers read, one after the other."""
+    if kind == "avg":
+        return [F.adaptive_avg_pool2d(x, _HEAD_SIDE)]
+    largest = F.adaptive_max_pool2d(x, _HEAD_SIDE)
+    if kind == "max":
+        return [largest]
+    average = F.adaptive_avg_pool2d(x, _HEAD_SIDE)
+    return [(average + largest) / 2] if kind == "avgmax" else [average, largest]
 
 
 register("vgg16_bn", VGG, fixed={}, drop_rate=0.5)

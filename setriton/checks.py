@@ -1,11 +1,13 @@
 """Checks of arguments, each with a message that names the argument, what it got and what it wanted."""
 
+import math
 from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _OPTIONAL = ("b1", "b2", "bn_weight", "bn_bias", "running_mean", "running_var", "residual")
 
 
@@ -31,16 +33,26 @@ def check_rate(name: str, value: object) -> None:
         raise ValueError(f"{name} must be in [0, 1); got {value}")
 
 
+def check_ratio(name: str, value: object) -> None:
+    """TypeError or ValueError unless value is a number above 0."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number; got {value!r}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive; got {value}")
+
+
 def check_tensors(**tensors: Tensor | None) -> None:
-    """TypeError unless all are dense floating-point tensors, ValueError unless all are where x, the first, is."""
+    """TypeError unless all are dense tensors of one of DTYPES, ValueError unless all are where x, the first, is."""
     device: torch.device | None = None
     for name, tensor in tensors.items():
         if tensor is None and name in _OPTIONAL:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must have a floating-point dtype; got {tensor.dtype}")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name} must have a floating-point dtype of 16, 32 or 64 bits; got {tensor.dtype}")
+        if tensor.is_nested:
+            raise TypeError(f"{name} must be dense; got a nested tensor")
         if tensor.layout != torch.strided:
             raise TypeError(f"{name} must be dense; got layout {tensor.layout}")
         device = device or tensor.device
@@ -81,6 +93,10 @@ def check_batch_norm(
             raise TypeError(f"{name} must be a number; got {number!r}")
         if not number >= 0:
             raise ValueError(f"{name} must be at least 0; got {number}")
+    for name in ("running_mean", "running_var"):
+        statistic = named[name]
+        if statistic is not None and statistic.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} must not require a gradient: statistics are given none; pass it detached")
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must both be tensors or both be None; got one of each")
     if not training and running_mean is None:

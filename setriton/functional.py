@@ -1,11 +1,13 @@
 """The public functions: arguments checked, then the Triton op or the reference path, by device."""
 
+import contextlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import ops, ops_tail, reference, reference_tail
+from . import composite, ops, ops_tail, reference, reference_tail
 from .checks import (
     check_batch_norm,
     check_choice,
@@ -39,8 +41,8 @@ def squeeze_excite(
     On CUDA and ROCm devices, Triton kernels in 3 passes over the map (4 backward); elsewhere, plain PyTorch.
 
     Args:
-        x: feature map (N, C, H, W) of any floating dtype. Contiguous and channels_last are read as they are, other
-            strides are copied to channels_last once.
+        x: feature map (N, C, H, W), float16, bfloat16, float32 or float64. Contiguous and channels_last are read as
+            they are, other strides are copied to channels_last once.
         w1: reducing weight (R, C), or (R, C, 1, 1) as a 1x1 convolution holds it.
         b1: bias (R), or None.
         w2: expanding weight (C, R) or (C, R, 1, 1).
@@ -49,16 +51,20 @@ def squeeze_excite(
         gate: what maps the result to channel weights: sigmoid or hardsigmoid.
 
     Returns:
-        (N, C, H, W) in the dtype and layout of `x`. Differentiable once: the kernels have no second derivative.
+        (N, C, H, W) in the dtype and layout of `x`. Second derivatives, forward mode and torch.func's transforms run
+        PyTorch's own operations, said once where kernels would have run.
 
     Raises:
-        TypeError: an argument is no floating-point tensor.
+        TypeError: an argument is no dense floating-point tensor.
         ValueError: shapes or devices do not fit together, or `act` or `gate` is unknown.
     """
-    check_tensors(x=x, w1=w1, b1=b1, w2=w2, b2=b2)
-    check_excitation(x, w1, b1, w2, b2)
+    with _no_tracer_warnings():
+        check_tensors(x=x, w1=w1, b1=b1, w2=w2, b2=b2)
+        check_excitation(x, w1, b1, w2, b2)
     check_choice("act", act, reference.ACTS)
     check_choice("gate", gate, reference.GATES)
+    if _is_composite(x):
+        return reference.squeeze_excite(x, w1, b1, w2, b2, act, gate)
     x = as_dense(x)
     if _has_kernels(x):
         return ops.squeeze_excite(x, w1, b1, w2, b2, act, gate)[0]
@@ -94,8 +100,8 @@ def bn_squeeze_excite(
     and 7 backward; written as separate modules they are 26 and more.
 
     Args:
-        x: feature map (N, C, H, W) of any floating dtype, the input of BN. Contiguous and channels_last are read as
-            they are, other strides are copied to channels_last once.
+        x: feature map (N, C, H, W), float16, bfloat16, float32 or float64, the input of BN. Contiguous and
+            channels_last are read as they are, other strides are copied to channels_last once.
         bn_weight: gamma (C), or None for 1.
         bn_bias: beta (C), or None for 0.
         running_mean: (C), or None as is `running_var`. Used where `training` is False, else updated in place.
@@ -104,7 +110,7 @@ def bn_squeeze_excite(
         b1: bias (R), or None.
         w2: expanding weight (C, R) or (C, R, 1, 1).
         b2: bias (C), or None.
-        residual: what is added to the result of SE, (N, C, H, W) of any floating dtype, or None.
+        residual: what is added to the result of SE, (N, C, H, W) of any of these dtypes, or None.
         training: whether to normalize with the statistics of the batch rather than the running ones.
         momentum: the weight of the batch in the running statistics.
         eps: what is added to the variance.
@@ -116,10 +122,12 @@ def bn_squeeze_excite(
             of different sizes. The gradients of the parameters are each rank's own share.
 
     Returns:
-        (N, C, H, W) in the dtype and layout of `x`. Differentiable once.
+        (N, C, H, W) in the dtype and layout of `x`. Second derivatives, forward mode and torch.func's transforms run
+        PyTorch's own operations, said once where kernels would have run; with a process group there are none.
 
     Raises:
-        TypeError: an argument is no floating-point tensor, or one of the options has another type.
+        TypeError: an argument is no dense floating-point tensor, or one of the options has another type.
+        NotImplementedError: a transform or second derivative over the statistics of a process group.
         ValueError: shapes or devices do not fit together, an option is unknown, there are no running statistics where
             `training` is False, or only one value per channel where it is True.
     """
@@ -175,27 +183,49 @@ def _tail(
 ) -> tuple[Tensor, Tensor | None]:
     x, bn_weight, bn_bias, running_mean, running_var, w1, b1, w2, b2, residual = tensors
     training, momentum, eps, bn_act, act, gate, out_act = options
-    check_tensors(**dict(zip(_TAIL_TENSORS, tensors, strict=True)))
-    check_excitation(x, w1, b1, w2, b2)
-    check_batch_norm(x, bn_weight, bn_bias, running_mean, running_var, training, momentum, eps)
-    check_residual(residual, x)
+    with _no_tracer_warnings():
+        check_tensors(**dict(zip(_TAIL_TENSORS, tensors, strict=True)))
+        check_excitation(x, w1, b1, w2, b2)
+        check_batch_norm(x, bn_weight, bn_bias, running_mean, running_var, training, momentum, eps)
+        check_residual(residual, x)
+        group = check_process_group(process_group, x, training)
     check_choice("bn_act", bn_act, reference.BN_ACTS)
     check_choice("act", act, reference.ACTS)
     check_choice("gate", gate, reference.GATES)
     check_choice("out_act", out_act, reference.OUT_ACTS)
-    group = check_process_group(process_group, x, training)
     if bn_weight is None and bn_bias is not None:
         bn_weight = torch.ones_like(bn_bias)
     elif bn_bias is None and bn_weight is not None:
         bn_bias = torch.zeros_like(bn_weight)
+    others = (bn_weight, bn_bias, running_mean, running_var, w1, b1, w2, b2, residual)
+    options = (training, float(momentum), float(eps), bn_act, act, gate, out_act, group)
+    if _is_composite(x):
+        y = composite.bn_squeeze_excite(x, *others, *options)
+        return y, y
     function = ops_tail.bn_squeeze_excite if _has_kernels(x) else reference_tail.bn_squeeze_excite
-    tensors = (as_dense(x), bn_weight, bn_bias, running_mean, running_var, w1, b1, w2, b2, residual)
-    options = (training, float(momentum), float(eps), bn_act, act, gate, out_act)
-    y, y_skip, new_mean, new_var = function(*tensors, *options, group, fork)
+    y, y_skip, new_mean, new_var = function(as_dense(x), *others, *options, fork)
     if new_mean is not None and new_var is not None:
         with torch.no_grad():
             torch._foreach_copy_([running_mean, running_var], [new_mean, new_var])
     return y, y_skip
+
+
+def _no_tracer_warnings() -> contextlib.AbstractContextManager[object]:
+    """torch.jit.trace warns of each size that is compared, as if the result depended on it."""
+    if not composite.tracer():
+        return contextlib.nullcontext()
+    return warnings.catch_warnings(action="ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined,call-overload]
+
+
+def _is_composite(x: Tensor) -> bool:
+    """Whether a transform or tracer is active that wants PyTorch's own operations; said once where kernels would run.
+
+    torch.export knows the library's ops; where there are no kernels, an exported tail is as trainable as the module.
+    """
+    reason = composite.transform() or composite.tracer()
+    if reason and _has_kernels(x):
+        composite.report(reason)
+    return bool(reason) or (torch.compiler.is_exporting() and not _has_kernels(x))
 
 
 def _has_kernels(x: Tensor) -> bool:

@@ -16,13 +16,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
+from torch._library.autograd import make_autograd_impl
+from torch._library.custom_ops import CustomOpDef
+from torch.autograd import forward_ad
+from torch.library import Library, custom_op
 from torch.utils.flop_counter import register_flop_formula
 
-from . import reference
+from . import composite, reference
 from .kernels.layout import as_dense
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Additions to what `custom_op` registers; they last as long as this object.
+_LIBRARY = Library("setriton", "FRAGMENT")
 # The interpreter runs kernels on CPU tensors; Triton reads the variable once, when a kernel is decorated.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -39,6 +44,26 @@ def _triton_is_installed() -> bool:
         warnings.warn("setriton: Triton is not installed; running the slower PyTorch reference path", stacklevel=3)
         return False
     return True
+
+
+def refuse_transforms(op: CustomOpDef) -> None:
+    """Have an op raise, by its name, where it would be differentiated in forward mode or by torch.func.
+
+    The library's functions do not call ops there; exported programs may. Without this, ops lose tangents silently.
+    """
+    differentiate = make_autograd_impl(op._opoverload, op)
+
+    def kernel(keyset: Any, *arguments: Any) -> Any:
+        tensors = [t for t in arguments if isinstance(t, Tensor)]
+        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+            raise NotImplementedError(f"{op._qualname} has no forward-mode derivative; setriton's functions have one")
+        is_transformed = torch._C._are_functorch_transforms_active() and torch.is_grad_enabled()
+        if is_transformed and any(t.requires_grad for t in tensors):
+            raise NotImplementedError(f"{op._qualname} is not differentiated by torch.func; setriton's functions are")
+        return differentiate(keyset, *arguments)
+
+    for key in ("AutogradCPU", "AutogradCUDA"):
+        _LIBRARY.impl(op._opoverload, kernel, key, with_keyset=True)
 
 
 @custom_op("setriton::squeeze_excite", mutates_args=(), device_types="cuda", tags=(torch.Tag.flexible_layout,))
@@ -105,11 +130,18 @@ def _(
     return torch.empty_like(as_dense(x)), like(w1), db1, like(w2), db2
 
 
+def wants_composite_gradients() -> bool:
+    """Whether what runs the backward pass differentiates or batches it, which kernels cannot; says so, once."""
+    reason = "a second derivative" if torch.is_grad_enabled() else composite.transform()
+    if reason:
+        composite.report(reason)
+    return bool(reason)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    x, w1, b1, w2, b2, ctx.act, ctx.gate = inputs
+    *tensors, ctx.act, ctx.gate = inputs
     _, q, z1, e = output
-    ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in (b1, b2)]
-    ctx.save_for_backward(x, w1, w2, q, z1, e)
+    ctx.save_for_backward(*tensors, q, z1, e)
     ctx.mark_non_differentiable(q, z1, e)
     ctx.set_materialize_grads(False)
 
@@ -117,14 +149,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 7
-    dx, dw1, db1, dw2, db2 = squeeze_excite_backward(dy, *ctx.saved_tensors, ctx.act, ctx.gate)
-    b1_dtype, b2_dtype = ctx.bias_dtypes
-    db1 = None if b1_dtype is None else db1.to(b1_dtype)
-    db2 = None if b2_dtype is None else db2.to(b2_dtype)
+    x, w1, b1, w2, b2, *kept = ctx.saved_tensors
+    if wants_composite_gradients():
+        found = composite.squeeze_excite_gradients(dy, (x, w1, b1, w2, b2), ctx.act, ctx.gate)
+        return *found, None, None
+    dx, dw1, db1, dw2, db2 = squeeze_excite_backward(dy, x, w1, w2, *kept, ctx.act, ctx.gate)
+    db1 = None if b1 is None else db1.to(b1.dtype)
+    db2 = None if b2 is None else db2.to(b2.dtype)
     return dx, dw1, db1, dw2, db2, None, None
 
 
 squeeze_excite.register_autograd(_backward, setup_context=_setup_context)
+for _op in (squeeze_excite, squeeze_excite_backward):
+    refuse_transforms(_op)
 
 
 @register_flop_formula(torch.ops.setriton.squeeze_excite)

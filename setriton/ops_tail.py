@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
-from . import reference_tail
+from . import composite
+from .batch_statistics import gradient_shares, merge_statistics, move_statistics
 from .kernels.layout import as_dense, packed_shape
-from .ops import INTERPRET
+from .ops import INTERPRET, refuse_transforms, wants_composite_gradients
 
 if TYPE_CHECKING:
     from .kernels.forward import BatchNorm, Excitation
@@ -36,10 +36,10 @@ def _forward(
     from .kernels.forward import BatchNorm, Excitation, forward
 
     def merge(mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        mean, var, total = reference_tail.merge_statistics(mean, var, count, group)
+        mean, var, total = merge_statistics(mean, var, count, group)
         if running_mean is None or running_var is None:
             return mean, var, mean.new_empty(0), mean.new_empty(0)
-        moved = reference_tail.move_statistics(running_mean, running_var, mean, var, total, momentum)
+        moved = move_statistics(running_mean, running_var, mean, var, total, momentum)
         return mean, var, *moved
 
     found = forward(
@@ -89,7 +89,7 @@ def _backward(
         dy, Saved(x, bits if bits.numel() else None, mean, var, squeezed, z1, e),
         *_arguments(bn_weight, bn_bias, w1, w2, eps, bn_act, act, gate),
         dy_skip, has_residual, training,
-        functools.partial(reference_tail.gradient_shares, group=group) if group else None,
+        functools.partial(gradient_shares, group=group) if group else None,
     )  # fmt: skip
     dresidual = x.new_empty(0) if found.g is None else found.g
     dw1, dw2 = found.dw1.view(w1.shape), found.dw2.view(w2.shape)
@@ -120,11 +120,11 @@ def _arguments(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Nine) -> None:
-    x, bn_weight, bn_bias, running_mean, running_var, w1, _, w2, _, residual, *options = inputs
+    x, bn_weight, bn_bias, running_mean, running_var, w1, b1, w2, b2, residual, *options = inputs
     training, _, eps, bn_act, act, gate, _, group, _ = options
     _, bits, mean, var, *kept, _, _ = output
     statistics = (mean, var) if training else (running_mean, running_var)
-    ctx.save_for_backward(x, bits, bn_weight, bn_bias, *statistics, w1, w2, *kept)
+    ctx.save_for_backward(x, bits, bn_weight, bn_bias, *statistics, w1, b1, w2, b2, *kept)
     ctx.options = residual is not None, training, eps, bn_act, act, gate, group
     ctx.dtypes = [None if t is None else t.dtype for t in inputs[:10]]
     ctx.set_materialize_grads(False)
@@ -136,12 +136,28 @@ def _gradients(ctx: Any, dy: Tensor | None, dy_skip: Tensor | None) -> tuple[Ten
         dy, dy_skip = dy_skip, None
     if dy is None:
         return (None,) * 19
-    dx, dresidual, dweight, dbias, dw1, db1, dw2, db2 = _backward(dy, dy_skip, *ctx.saved_tensors, *ctx.options)
-    gradients = (dx, dweight, dbias, None, None, dw1, db1, dw2, db2, dresidual)
+    x, bits, bn_weight, bn_bias, mean, var, w1, b1, w2, b2, *kept = ctx.saved_tensors
+    gradients: tuple[Tensor | None, ...]
+    if wants_composite_gradients():
+        stopped = _unset(bits, x) if bits.numel() else None
+        tensors = (x, bn_weight, bn_bias, mean, var, w1, b1, w2, b2)
+        gradients = composite.bn_squeeze_excite_gradients(dy, dy_skip, stopped, tensors, *ctx.options)
+    else:
+        found = _backward(dy, dy_skip, x, bits, bn_weight, bn_bias, mean, var, w1, w2, *kept, *ctx.options)
+        dx, dresidual, dweight, dbias, dw1, db1, dw2, db2 = found
+        gradients = (dx, dweight, dbias, None, None, dw1, db1, dw2, db2, dresidual)
     pairs = zip(gradients, ctx.dtypes, strict=True)
     return *(None if dtype is None or gradient is None else gradient.to(dtype) for gradient, dtype in pairs), *(
         None,
     ) * 9
+
+
+def _unset(bits: Tensor, x: Tensor) -> Tensor:
+    """Where, in the shape of x, the bits are 0 that the kernels packed as `kernels.layout.packed_shape` says."""
+    n, channels, height, width = x.shape
+    of_byte = torch.arange(8, device=x.device, dtype=torch.uint8)[:, None]
+    zeros = (bits[:, :, None] >> of_byte & 1) == 0
+    return zeros.flatten(1, 2)[:, :channels, : height * width].view(n, channels, height, width)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Nine) -> None:
@@ -150,6 +166,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Nine) -> None:
 
 
 _forward.register_autograd(lambda ctx, dy, *_: _gradients(ctx, dy, None), setup_context=_setup_context)
+for _op in (_forward, _backward):
+    refuse_transforms(_op)
 
 
 class _Fork(torch.autograd.Function):
@@ -164,21 +182,29 @@ class _Fork(torch.autograd.Function):
         return output[0], output[0].detach(), output[7], output[8]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dy_skip: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         return _gradients(ctx, dy, dy_skip)
 
 
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def _forked(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One call in Dynamo's graph: Dynamo would trace the backward pass as if no second derivative could follow it."""
+    return _Fork.apply(*inputs)
+
+
 def bn_squeeze_excite(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """As `reference_tail.bn_squeeze_excite`: y, with `fork` an alias of y, and the new running statistics."""
+    """As `reference_tail.bn_squeeze_excite`: y, with `fork` an alias of y, and the new running statistics.
+
+    An exported program calls the op alone, whose one y then has both uses.
+    """
     inputs, fork = list(arguments[:-1]), arguments[-1]
     is_differentiated = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
     inputs.append(inputs[16] == "relu" and is_differentiated)
-    if fork:
-        y, y_skip, new_mean, new_var = _Fork.apply(*inputs)
+    if fork and is_differentiated and not torch.compiler.is_exporting():
+        y, y_skip, new_mean, new_var = _forked(*inputs)
     else:
         y, *_, new_mean, new_var = _forward(*inputs)
-        y_skip = None
+        y_skip = y if fork else None
     has_moved = inputs[3] is not None and inputs[10]
     return y, y_skip, new_mean if has_moved else None, new_var if has_moved else None
 

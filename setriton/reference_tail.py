@@ -10,13 +10,14 @@ for then q follows from it; else it is q.
 BN stays (x - mean) * scale + bias: x * scale + (bias - mean * scale) loses the digits of |mean| / std.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from . import composite
+from .batch_statistics import batch_statistics, gradient_shares, move_statistics
 from .reference import ACTS, BN_ACTS, GATES, accumulate_dtype, autocast_disabled
 
 
@@ -43,7 +44,11 @@ def bn_squeeze_excite(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """y, with `fork` an alias of y whose gradient stays apart until the first sweep, and the new running statistics."""
     tensors = (x, bn_weight, bn_bias, running_mean, running_var, w1, b1, w2, b2, residual)
-    return _Tail.apply(*tensors, training, momentum, eps, bn_act, act, gate, out_act, group, fork)
+    options = (training, momentum, eps, bn_act, act, gate, out_act, group)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _differentiable(*tensors, *options, fork)
+    y, *_, new_mean, new_var = bn_squeeze_excite_forward(*tensors, *options)
+    return y, y if fork else None, new_mean, new_var
 
 
 def bn_squeeze_excite_forward(
@@ -65,17 +70,17 @@ def bn_squeeze_excite_forward(
     gate: str,
     out_act: str,
     group: str,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """y, positive, mean, var, squeezed, z1, e, new running_mean and running_var.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """y, mean, var, squeezed, z1, e, new running_mean and running_var.
 
-    positive (bool, where y > 0) is None unless out_act is relu. The new statistics are None unless they change.
-    mean and var are the ones BN used. `group` names the process group over which they are taken; "" is none.
+    The new statistics are None unless they change. mean and var are the ones BN used.
+    `group` names the process group over which they are taken; "" is none.
     """
     dtype = accumulate_dtype(x.dtype)
     new_mean = new_var = None
     with torch.no_grad(), autocast_disabled(x):
         if training:
-            mean, var, squeezed, count = _batch_statistics(x.to(dtype), group)
+            mean, var, squeezed, count = batch_statistics(x.to(dtype), group)
             if running_mean is not None and running_var is not None:
                 new_mean, new_var = move_statistics(running_mean, running_var, mean, var, count, momentum)
         else:
@@ -101,15 +106,14 @@ def bn_squeeze_excite_forward(
             y.dtype != x.dtype
         ):  # torch 2.11 loses the gradient of a compiled Function's result whose last step is no step
             y = y.to(x.dtype)
-        positive = y > 0 if out_act == "relu" else None
-    return y, positive, mean, var, squeezed, z1, e, new_mean, new_var
+    return y, mean, var, squeezed, z1, e, new_mean, new_var
 
 
 def bn_squeeze_excite_backward(
     dy: Tensor,
     dy_skip: Tensor | None,
     x: Tensor,
-    positive: Tensor | None,
+    stopped: Tensor | None,
     bn_weight: Tensor | None,
     bn_bias: Tensor | None,
     mean: Tensor,
@@ -129,7 +133,7 @@ def bn_squeeze_excite_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
     """dx, dresidual, dweight, dbias of BN, dw1, db1, dw2, db2, from two sweeps over the maps.
 
-    The first reads (dy, dy_skip, positive, x) and sums; what follows to the second's dx is of size (N, C). dresidual
+    The first reads (dy, dy_skip, stopped, x) and sums; what follows to the second's dx is of size (N, C). dresidual
     has dy's dtype, db1 and db2 that of the sums. Under a group, parameters' gradients are this rank's share.
     """
     dtype = mean.dtype
@@ -141,8 +145,8 @@ def bn_squeeze_excite_backward(
         g, centred = dy.to(dtype), x.to(dtype) - _map(mean)
         if dy_skip is not None:
             g = g + dy_skip.to(dtype)
-        if positive is not None:
-            g = torch.where(positive, g, 0)
+        if stopped is not None:
+            g = torch.where(stopped, 0, g)
         # dresidual; and the second sweep reads this map instead of the two, or three, that it is made of.
         joined = g.to(dy.dtype)
         if bn_act == "identity":
@@ -201,75 +205,16 @@ def _affine(
     return rstd, scale.as_strided(mean.shape, (1,)), bias
 
 
-def _batch_statistics(x: Tensor, group: str) -> tuple[Tensor, Tensor, Tensor, Tensor | int]:
-    """mean, var (C), means of each map (N, C), and the number of values per channel; one sweep.
-
-    Statistics of each (n, c), merged: reductions of the same extent share a sweep, and the squeeze wants its means.
-    """
-    n, channels, height, width = x.shape
-    count = n * height * width
-    empty = x.new_zeros(n, channels)
-    map_var, map_mean = torch.var_mean(x, (2, 3), correction=0) if count else (empty, empty)
-    mean = map_mean.sum(0) / max(n, 1)
-    var = (map_var + (map_mean - mean).square()).sum(0) / max(n, 1)
-    if not group:
-        return mean, var, map_mean, count
-    mean, var, total = merge_statistics(mean, var, count, group)
-    return mean, var, map_mean, total
-
-
-def merge_statistics(mean: Tensor, var: Tensor, count: int, group: str) -> tuple[Tensor, Tensor, Tensor]:
-    """mean and var (C) of this rank's `count` values per channel -> those of all ranks, and their number.
-
-    Chan's formula; a rank with an empty batch has weight 0.
-    """
-    from torch.distributed.distributed_c10d import _get_group_size_by_name  # not in every build of torch
-
-    mine = torch.cat([mean, var * count, mean.new_full((1,), count)])
-    size = _get_group_size_by_name(cast(Any, group))
-    gathered = torch.ops._c10d_functional.all_gather_into_tensor(mine, size, group)
-    ranks = torch.ops._c10d_functional.wait_tensor(gathered).view(size, -1)
-    counts, channels = ranks[:, -1:], mean.shape[0]
-    total = counts.sum().clamp(min=1)
-    means, m2 = ranks[:, :channels], ranks[:, channels:-1]
-    mean = (counts * means).sum(0) / total
-    var = (m2 + counts * (means - mean).square()).sum(0) / total
-    return mean, var, total
-
-
-def move_statistics(
-    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: Tensor | int, momentum: float
-) -> tuple[Tensor, Tensor]:
-    """The running statistics after this batch; an empty batch leaves them as they are, as in F.batch_norm."""
-    if isinstance(count, Tensor):
-        unbiased = var * (count / (count - 1).clamp(min=1))
-    elif count == 0:
-        return running_mean.clone(), running_var.clone()
-    else:
-        unbiased = var * (count / max(count - 1, 1))
-    new_mean = running_mean.to(mean.dtype) * (1 - momentum) + mean * momentum
-    new_var = running_var.to(mean.dtype) * (1 - momentum) + unbiased * momentum
-    return new_mean.to(running_mean.dtype), new_var.to(running_var.dtype)
-
-
-def gradient_shares(dbias: Tensor, dweight: Tensor, count: int, group: str) -> tuple[Tensor, Tensor]:
-    """What each value's gradient loses through the batch statistics, over all ranks of the group."""
-    if not group:
-        return dbias / max(count, 1), dweight / max(count, 1)
-    mine = torch.cat([dbias, dweight, dbias.new_full((1,), count)])
-    reduced = torch.ops._c10d_functional.all_reduce(mine, "sum", group)
-    total = torch.ops._c10d_functional.wait_tensor(reduced)
-    through_mean, through_var = (total[:-1] / total[-1].clamp(min=1)).chunk(2)
-    return through_mean, through_var
-
-
 class _Tail(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         *arguments, fork = inputs
-        x, bn_weight, bn_bias, _, _, w1, _, w2, _, residual, training, _, eps, bn_act, act, gate, _, group = arguments
-        y, positive, mean, var, squeezed, z1, e, new_mean, new_var = bn_squeeze_excite_forward(*arguments)
-        ctx.save_for_backward(x, positive, bn_weight, bn_bias, mean, var, w1, w2, squeezed, z1, e)
+        x, bn_weight, bn_bias, _, _, w1, b1, w2, b2, residual, training, _, eps, bn_act, act, gate, out_act, group = (
+            arguments
+        )
+        y, mean, var, squeezed, z1, e, new_mean, new_var = bn_squeeze_excite_forward(*arguments)
+        stopped = y <= 0 if out_act == "relu" else None
+        ctx.save_for_backward(x, stopped, bn_weight, bn_bias, mean, var, w1, b1, w2, b2, squeezed, z1, e)
         ctx.options = residual is not None, training, eps, bn_act, act, gate, group
         ctx.dtypes = [None if t is None else t.dtype for t in arguments[:10]]
         ctx.mark_non_differentiable(*(t for t in (new_mean, new_var) if t is not None))
@@ -278,15 +223,27 @@ class _Tail(torch.autograd.Function):
         return y, y.detach() if fork else None, new_mean, new_var
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dy_skip: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dy is None:
             dy, dy_skip = dy_skip, None
         if dy is None:
             return (None,) * 19
-        dx, dresidual, dweight, dbias, dw1, db1, dw2, db2 = bn_squeeze_excite_backward(
-            dy, dy_skip, *ctx.saved_tensors, *ctx.options
-        )
-        grads: list[Tensor | None] = [dx, dweight, dbias, None, None, dw1, db1, dw2, db2, dresidual]
-        pairs = zip(grads, ctx.dtypes, strict=True)
+        x, stopped, bn_weight, bn_bias, mean, var, w1, b1, w2, b2, *kept = ctx.saved_tensors
+        gradients: tuple[Tensor | None, ...]
+        if torch.is_grad_enabled():  # a second derivative may follow
+            tensors = (x, bn_weight, bn_bias, mean, var, w1, b1, w2, b2)
+            gradients = composite.bn_squeeze_excite_gradients(dy, dy_skip, stopped, tensors, *ctx.options)
+        else:
+            found = bn_squeeze_excite_backward(
+                dy, dy_skip, x, stopped, bn_weight, bn_bias, mean, var, w1, w2, *kept, *ctx.options
+            )
+            dx, dresidual, dweight, dbias, dw1, db1, dw2, db2 = found
+            gradients = (dx, dweight, dbias, None, None, dw1, db1, dw2, db2, dresidual)
+        pairs = zip(gradients, ctx.dtypes, strict=True)
         return *(None if dtype is None or grad is None else grad.to(dtype) for grad, dtype in pairs), *(None,) * 9
+
+
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def _differentiable(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """One call in Dynamo's graph: Dynamo would trace the backward pass as if no second derivative could follow it."""
+    return _Tail.apply(*arguments)

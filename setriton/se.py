@@ -1,12 +1,11 @@
 """The Squeeze-and-Excitation block as a module: parameters in the stock layout, the fused function as its forward."""
 
-import math
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from .checks import check_choice, check_size
+from .checks import check_choice, check_ratio, check_size
 from .functional import squeeze_excite
 from .reference import ACTS, GATES
 from .stock import is_stock, must_call, report_calls, weight_and_bias, why_called
@@ -33,8 +32,8 @@ class SqueezeExcite(nn.Module):
         device, dtype: of the parameters.
 
     Raises:
-        TypeError: a width that is no int.
-        ValueError: a width below 1, or an unknown `act` or `gate`.
+        TypeError: a width that is no int, a ratio that is no number.
+        ValueError: a width below 1, a ratio of 0 or less, or an unknown `act` or `gate`.
     """
 
     def __init__(
@@ -53,8 +52,7 @@ class SqueezeExcite(nn.Module):
         check_choice("gate", gate, GATES)
         check_size("channels", channels)
         if rd_channels is None:
-            if not 0 < rd_ratio < math.inf:
-                raise ValueError(f"rd_ratio must be positive; got {rd_ratio}")
+            check_ratio("rd_ratio", rd_ratio)
             rd_channels = max(1, int(channels * rd_ratio))
         check_size("rd_channels", rd_channels)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}

@@ -17,13 +17,33 @@ GOOD = {name: getattr(INPUTS, name) for name in ("x", "w1", "b1", "w2", "b2")}
 GOOD_TAIL = {name: t for name, t in TAIL._asdict().items() if not name.startswith("dy")} | {"training": True}
 
 
+NESTED = torch.nested.nested_tensor([torch.ones(8, 4, 4), torch.ones(8, 3, 3)])
+QUANTIZED = torch.quantize_per_tensor(torch.ones(2, 8, 4, 4), 0.1, 0, torch.quint8)
+
+
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
         ({"x": [1.0]}, TypeError, r"x must be a tensor; got list"),
         ({"w1": None}, TypeError, r"w1 must be a tensor; got NoneType"),
-        ({"x": torch.ones(2, 8, 4, 4, dtype=torch.int32)}, TypeError, "floating-point dtype; got torch.int32"),
-        ({"x": torch.ones(2, 8, 4, 4, dtype=torch.complex64)}, TypeError, r"x must have a floating-point dtype"),
+        (
+            {"x": torch.ones(2, 8, 4, 4, dtype=torch.int32)},
+            TypeError,
+            "x must have a float.* got torch.int32",
+        ),
+        ({"x": torch.ones(2, 8, 4, 4, dtype=torch.complex64)}, TypeError, "x must have .* got torch.complex64"),
+        (
+            {"x": torch.ones(2, 8, 4, 4).to(torch.float8_e4m3fn)},
+            TypeError,
+            "64 bits; got torch.float8_e4m3fn",
+        ),
+        ({"x": QUANTIZED}, TypeError, "x must have a floating-point dtype .* got torch.quint8"),
+        ({"x": NESTED}, TypeError, "x must be dense; got a nested tensor"),
+        ({"w2": NESTED}, TypeError, "w2 must be dense; got a nested tensor"),
+        ({"x": torch.tensor(1.0)}, ValueError, r"x must have shape \(N, C, H, W\) .* got \(\)"),
+        ({"x": torch.ones(1, 2, 8, 4, 4)}, ValueError, r"x must have shape .* got \(1, 2, 8, 4, 4\)"),
+        ({"w1": torch.ones(3, 8).to_sparse_csr()}, TypeError, "w1 must be dense; got layout torch.sparse_csr"),
+        ({"x": torch.ones(2, 8, 4, 4).to_mkldnn()}, TypeError, "x must be dense; got layout torch._mkldnn"),
         ({"x": torch.ones(8, 4, 4)}, ValueError, r"x must have shape \(N, C, H, W\) .* got \(8, 4, 4\)"),
         ({"x": torch.ones(2, 9, 4, 4)}, ValueError, r"w1 must have shape \(R, C\) or .* with C = 9; got \(3, 8"),
         ({"w1": torch.ones(3, 8, 3, 3)}, ValueError, r"w1 must have shape .* got \(3, 8, 3, 3\)"),
@@ -60,6 +80,9 @@ def test_wrong_arguments(changed: dict[str, Any], error: type[Exception], messag
             ValueError,
             "running_mean and running_var must be tensors where training is False; got None",
         ),
+        ({"residual": NESTED}, TypeError, "residual must be dense; got a nested tensor"),
+        ({"residual": torch.ones(2, 8, 4, 4).to_sparse()}, TypeError, "residual must be dense; got layout"),
+        ({"running_mean": torch.ones(8, dtype=torch.complex64)}, TypeError, "running_mean must have a floating-point"),
         ({"running_var": torch.ones(8, device="meta")}, ValueError, "running_var must be on cpu like x; got meta"),
         ({"residual": torch.ones(2, 8, 4, 5)}, ValueError, r"residual must have the shape of x, \(2, 8, 4, 4\); got"),
         ({"training": 1}, TypeError, "training must be a bool; got 1"),
@@ -117,6 +140,15 @@ def test_wrong_module_options(options: dict[str, Any], message: str) -> None:
 def test_wrong_options_of_the_tails_module(option: str) -> None:
     with pytest.raises(ValueError, match=f"{option} must be one of"):
         setriton.BatchNormSqueezeExcite(8, **{option: "tanh"})
+
+
+@pytest.mark.parametrize("ratio", ["a", None, 1j, True, torch.tensor(0.5)])
+def test_wrong_types_of_ratios(ratio: Any) -> None:
+    for module in (setriton.SqueezeExcite, setriton.BatchNormSqueezeExcite):
+        with pytest.raises(TypeError, match="rd_ratio must be a number; got"):
+            module(8, rd_ratio=ratio)
+    with pytest.raises(TypeError, match="rd_ratio must be a number; got"):
+        setriton.create_model("se_resnet20", rd_ratio=ratio)
 
 
 @pytest.mark.parametrize("options", [{"channels": 8.0}, {"channels": "8"}, {"channels": 8, "rd_channels": 2.5}])

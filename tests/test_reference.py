@@ -51,15 +51,6 @@ def test_opcheck() -> None:
     torch.library.opcheck(ops.squeeze_excite_backward, (dy.detach(), x, w1, w2, *saved, "relu", "sigmoid"))
 
 
-def test_second_derivative_of_the_op_is_refused() -> None:
-    x, w1, b1, w2, b2, dy = make_inputs(2, 8, 2, 3, 3, torch.float32, channels_last=True)
-    x.requires_grad_()
-    y = closed_form(x, w1, b1, w2, b2, "relu", "sigmoid")
-    (dx,) = torch.autograd.grad(y, x, dy.requires_grad_(), create_graph=True)
-    with pytest.raises(RuntimeError, match="autograd"):
-        dx.sum().backward()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiles_to_one_graph_for_any_batch(dtype: torch.dtype) -> None:
     torch._dynamo.reset()

@@ -124,14 +124,6 @@ def test_gradcheck(bn_act: str, training: bool) -> None:
     assert torch.autograd.gradcheck(function, leaves)
 
 
-def test_second_derivative_is_refused() -> None:
-    x, *arguments, residual, _, _ = float64_inputs()
-    y = bn_squeeze_excite(x.requires_grad_(), *arguments, residual=residual, training=True)
-    (dx,) = torch.autograd.grad(y, x, torch.ones_like(x, requires_grad=True), create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
-
-
 @pytest.mark.parametrize("bn_act", BN_ACTS)
 def test_derivatives_at_the_kinks_are_torchs(bn_act: str) -> None:
     import torch.nn.functional as F

@@ -156,6 +156,18 @@ def test_the_head_without_classes_and_without_a_pool() -> None:
     assert model(x).shape == (2, 3)
 
 
+@pytest.mark.parametrize("pool", ["avg", "max", "avgmax", "catavgmax"])
+def test_pools_make_the_maps_of_the_hidden_layers(pool: str) -> None:
+    """14x14 to 7x7: each value that a hidden layer reads is of four."""
+    model, x = build("vgg16_bn", global_pool=pool).eval(), torch.randn(2, 512, 14, 14, dtype=torch.float64)
+    windows = x.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)
+    average, largest = windows.mean(4), windows.amax(4)
+    maps = {"avg": [average], "max": [largest], "avgmax": [(average + largest) / 2], "catavgmax": [average, largest]}
+    want = torch.cat([model.classifier(m.flatten(1)) for m in maps[pool]], dim=1)
+    torch.testing.assert_close(model.forward_head(x, pre_logits=True), want)
+    torch.testing.assert_close(model.forward_head(x), model.fc(want))
+
+
 @pytest.mark.parametrize("name", COUNTS)
 def test_a_group_for_each_block_and_the_head(name: str) -> None:
     model = build(name)
@@ -168,7 +180,7 @@ def test_a_group_for_each_block_and_the_head(name: str) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"global_pool": "max"}, ValueError, "global_pool must be avg in VGG, or '' for no head; got 'max'"),
+        ({"global_pool": "min"}, ValueError, "global_pool must be one of avg, max, avgmax, catavgmax, .*got 'min'"),
         ({"hidden_size": 0}, ValueError, "hidden_size must be at least 1; got 0"),
         ({"rd_ratio": 1 / 8}, TypeError, "vgg16_bn takes no option 'rd_ratio'"),
     ],

@@ -1,0 +1,1 @@
+../../setriton/batch_statistics.py

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from setriton.checks import check_choice, check_rate, check_size
+from setriton.stock import must_call
 
 from .preprocessing import Preprocessing
-from .stages import ForkedStage, Stage
+from .stages import Stage, takes_forks
 
 GlobalPool = Literal["avg", "max", "avgmax", "catavgmax", ""]
 POOLS = ("avg", "max", "avgmax", "catavgmax", "")
@@ -181,13 +182,13 @@ class Network(nn.Module):
         end = len(self.trunk) if last is None else self.trunk.index(last) + 1
         skip, kept = None, []
         modules = [self.get_submodule(name) for name in self.trunk[:end]]
+        takes = [not must_call(x) and takes_forks(module) for module in modules] + [False]
         for position, (name, module) in enumerate(zip(self.trunk, modules, strict=False)):
-            if isinstance(module, ForkedStage):
-                # A residual stage reads its input twice: the stage before hands it on twice.
-                if position + 1 < end and isinstance(modules[position + 1], ForkedStage):
-                    x, skip = module(x, skip, fork=True)
-                else:
-                    x, skip = module(x, skip), None
+            # A residual stage reads its input twice: the stage before hands it on twice.
+            if takes[position] and takes[position + 1]:
+                x, skip = module(x, skip, fork=True)
+            elif takes[position]:
+                x, skip = module(x, skip), None
             else:
                 x = module(x)
             if name in keep:

@@ -8,6 +8,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from setriton.stock import declare_stock
+
 
 def freeze_bn(model: nn.Module) -> int:
     """Make every batch normalization use its running statistics and keep its scale and shift, in training too.
@@ -106,9 +108,10 @@ class Frozen:
 @functools.cache
 def _frozen_class(original: type) -> type:
     """A class derived from `original`, one for all its modules; it counts as of the same module, as tracers ask."""
-    return type(
-        f"Frozen{original.__name__}", (Frozen, original), {"original": original, "__module__": original.__module__}
-    )
+    members = {"original": original, "__module__": original.__module__}
+    frozen = type(f"Frozen{original.__name__}", (Frozen, original), members)
+    declare_stock(frozen, original)
+    return frozen
 
 
 def _rebuild(original: type) -> object:

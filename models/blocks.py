@@ -2,21 +2,19 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from setriton.checks import check_choice, check_rate
 from setriton.functional import bn_squeeze_excite, bn_squeeze_excite_forked
-from setriton.modules import SqueezeExcite, bn_se_forward
+from setriton.modules import SqueezeExcite
 from setriton.reference import accumulate_dtype
+from setriton.stock import is_stock, is_traced, leaf, must_call, report_calls, why_called
 
-from .se import ACTS, SEOptions, bn_se
-from .stages import Forked
-
-torch.fx.wrap("bn_squeeze_excite")
-torch.fx.wrap("bn_squeeze_excite_forked")
+from .se import ACTS, SEOptions, StockSqueezeExcite, bn_se
+from .stages import Forked, only_reads
 
 POSITIONS = ("standard", "pre", "post", "identity", "3x3")
 STAGES = (2, 3, 4, 5)
@@ -62,6 +60,8 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_traced(x) and (call := leaf(self, x)) is not None:
+            return call
         if not self.training or self.rate == 0:
             return x
         keep = 1 - self.rate
@@ -69,6 +69,11 @@ class DropPath(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}"
+
+
+def passes(drop_path: nn.Module) -> bool:
+    """Whether a call of `drop_path` would give its argument back."""
+    return is_stock(drop_path, DropPath) and (drop_path.rate == 0 or not drop_path.training)
 
 
 class _Apart(torch.autograd.Function):
@@ -92,6 +97,29 @@ def kept_apart(y: Tensor, y_skip: Tensor) -> tuple[Tensor, Tensor]:
     return y, _Apart.apply(y_skip) if torch.compiler.is_compiling() else y_skip
 
 
+def may_fuse(se: Any, owner: nn.Module, x: Tensor, **others: tuple[Any, type[nn.Module]]) -> TypeGuard[SqueezeExcite]:
+    """Whether `affine_se` may read `se` of a block; a message says why not, if `se` was made to be fused.
+
+    Args:
+        se: the SE block, or None.
+        owner: the block around it.
+        x: what goes in.
+        others: layers that are read as well, and the classes that they should be of.
+    """
+    if se is None or isinstance(se, StockSqueezeExcite):
+        return False
+    is_readable = (
+        is_stock(se, SqueezeExcite) and se.is_readable() and all(is_stock(*other) for other in others.values())
+    )
+    if is_readable and not must_call(x):
+        return True
+    reasons = {name: why_called(*other) for name, other in (others | {"se": (se, SqueezeExcite)}).items()}
+    if isinstance(se, SqueezeExcite):
+        reasons |= {f"se.{name}": reason for name, reason in se.why_called().items()}
+    report_calls(owner, reasons, x)
+    return False
+
+
 def affine_se(
     se: SqueezeExcite,
     x: Tensor,
@@ -99,25 +127,29 @@ def affine_se(
     *,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    w1: Tensor | None = None,
+    w1_scale: float = 1.0,
     out_act: str = "identity",
     fork: bool = False,
 ) -> Forked:
     """``out_act(se(weight * x + bias) + shortcut)``, without BN before SE: the fused tail with one that is affine.
 
     Args:
-        se: the SE block; its first weight is `w1` if that is given.
+        se: the SE block, readable.
         x, shortcut: feature maps (N, C, H, W).
         weight, bias: (C); None for 1 and 0.
+        w1_scale: what the first weight of `se` is divided by.
         out_act: identity or relu.
         fork: give the pair that the next block takes (see `ResidualBlock.forward`).
     """
     # Made here, not kept: as buffers they would be lost in a network built on the meta device. Variance 0 and eps 1,
     # not the reverse: a kernel's lanes past the last channel read 0 as the variance. Two, for Dynamo takes none twice.
     mean, var = (x.new_zeros(x.shape[1], dtype=accumulate_dtype(x.dtype)) for _ in range(2))
-    layers = (se.fc1.weight if w1 is None else w1, se.fc1.bias, se.fc2.weight, se.fc2.bias)
+    w1, *others = se.weights()
+    if w1_scale != 1:
+        # In this dtype, lest the division rounds a weight of lower precision once more.
+        w1 = w1.to(accumulate_dtype(x.dtype)) / w1_scale
     options: dict[str, Any] = {"residual": shortcut, "training": False, "eps": 1.0, "act": se.act, "gate": se.gate}
-    tensors = (x, weight, bias, mean, var, *layers)
+    tensors: tuple[Any, ...] = (x, weight, bias, mean, var, w1, *others)
     if not fork:
         return bn_squeeze_excite(*tensors, **options, out_act=out_act)
     y, y_skip = bn_squeeze_excite_forked(*tensors, **options, out_act=out_act)
@@ -136,6 +168,9 @@ class ResidualBlock(nn.Module):
         bn_act: what stands between the last BN and SE: identity or relu.
         drop_path: probability that an image skips the branch in training.
     """
+
+    takes_forks = True
+    conv1: nn.Module
 
     def __init__(
         self,
@@ -166,14 +201,20 @@ class ResidualBlock(nn.Module):
         """The residual branch, up to `last_bn`."""
         raise NotImplementedError
 
+    def only_reads(self) -> bool:
+        """Whether the block leaves its input as it is: only then may its shortcut be another tensor than x."""
+        return only_reads(self.conv1) and only_reads(self.downsample)
+
     def forward(self, x: Tensor, skip: Tensor | None = None, *, fork: bool = False) -> Forked:
         """The block's output; with `fork` a pair, x and skip of the next block, whose shortcut reads `skip`.
 
         A forked output has two gradients, which the fused tail sums as it reads them: a pass over the map more, where
         a sum of its own takes three. Where the block does not end in a fused tail `skip` is None.
         """
+        if is_traced(x):
+            skip, fork = None, False
         se, position = self.se, self.se_position
-        shortcut = x if skip is None else skip.view_as(x)
+        shortcut = x if skip is None or not self.only_reads() else skip.view_as(x)
         if self.downsample is not None:
             shortcut = self.downsample(shortcut)
         if se is not None and position == "pre":
@@ -184,13 +225,13 @@ class ResidualBlock(nn.Module):
         if se is None or position != "standard":
             y = self.relu(self.drop_path(ACTS[self.bn_act](self.last_bn(y))) + shortcut)
             y = se(y) if se is not None and position == "post" else y
-        elif self.training and self.drop_path.rate > 0:
-            y = self.relu(self.drop_path(bn_se(self.last_bn, se, y, bn_act=self.bn_act)) + shortcut)
-        elif fork and isinstance(se, SqueezeExcite):
-            y, y_skip = bn_se_forward(self.last_bn, se, y, shortcut, bn_act=self.bn_act, out_act="relu", fork=True)
-            return kept_apart(y, y_skip)
+        elif passes(self.drop_path) and not is_traced(x):
+            bn = self.last_bn
+            y, y_skip = bn_se(self, bn, se, y, shortcut, bn_act=self.bn_act, out_act=self.relu, fork=fork)
+            if y_skip is not None:
+                return kept_apart(y, y_skip)
         else:
-            y = bn_se(self.last_bn, se, y, shortcut, bn_act=self.bn_act, out_act="relu")
+            y = self.relu(self.drop_path(bn_se(self, self.last_bn, se, y, bn_act=self.bn_act)[0]) + shortcut)
         return (y, None) if fork else y
 
 
@@ -248,7 +289,7 @@ class Bottleneck(ResidualBlock):
     def branch(self, x: Tensor) -> Tensor:
         x = self.conv2(self.relu(self.bn1(self.conv1(x))))
         if self.se is not None and self.se_position == "3x3":
-            return self.conv3(bn_se(self.bn2, self.se, x, out_act="relu"))
+            return self.conv3(bn_se(self, self.bn2, self.se, x, out_act=self.relu)[0])
         return self.conv3(self.relu(self.bn2(x)))
 
 

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from setriton.stock import is_traced, leaf
+
 from .base import Level, Network, Options
 from .blocks import init_weights
 from .registry import register
@@ -48,6 +50,8 @@ class CeilMaxPool(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_traced(x) and (call := leaf(self, x)) is not None:
+            return call
         height, width = x.shape[2:]
         if height % 2 or width % 2:
             x = F.pad(x, (0, width % 2, 0, height % 2), value=float("-inf"))

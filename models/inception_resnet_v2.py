@@ -3,23 +3,23 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from setriton.checks import check_choice, check_size
 from setriton.modules import SqueezeExcite
 from setriton.reference import accumulate_dtype
+from setriton.stock import is_traced, weight_and_bias
 
 from .base import Network, Options
-from .blocks import affine_se, init_weights
+from .blocks import affine_se, init_weights, may_fuse
 from .bn_inception import ConvBN
 from .preprocessing import Preprocessing
 from .registry import register
 from .se import SEOptions
-from .stages import Forked, ForkedStage
+from .stages import Forked, ForkedStage, only_reads
 
 POSITIONS = ("standard", "post")
 
@@ -75,7 +75,7 @@ class ScaledResidual(Branches):
 
     Where SE is fused, all that follows the convolution is one operator, the convolution's bias included: BN that
     normalizes nothing, of weight `scale`. What it squeezes is the scaled map; where that is not wanted, the first
-    layer's weight is divided by the scale. Forward hooks of `conv2d` and `se` are not called then.
+    layer's weight is divided by the scale.
 
     Args:
         channels: C.
@@ -85,6 +85,8 @@ class ScaledResidual(Branches):
         relu: whether the block ends in one.
         se: how and where its SE block is, or None.
     """
+
+    takes_forks = True
 
     def __init__(
         self,
@@ -104,9 +106,11 @@ class ScaledResidual(Branches):
 
     def forward(self, x: Tensor, skip: Tensor | None = None, *, fork: bool = False) -> Forked:  # type: ignore[override]
         """The block's output; with `fork` a pair, x and skip of the next block (see `ResidualBlock.forward`)."""
-        shortcut = x if skip is None else skip.view_as(x)
+        if is_traced(x):
+            skip, fork = None, False
+        shortcut = x if skip is None or not self.only_reads() else skip.view_as(x)
         u, se = self.concatenated(x), self.se
-        if isinstance(se, SqueezeExcite) and self.se_position == "standard":
+        if self.se_position == "standard" and may_fuse(se, self, u, conv2d=(self.conv2d, nn.Conv2d)):
             return self._fused(u, se, shortcut, fork)
         u = self.conv2d(u)
         scale = self.scale
@@ -119,16 +123,20 @@ class ScaledResidual(Branches):
             y = se(y)
         return (y, None) if fork else y
 
+    def only_reads(self) -> bool:
+        """Whether the block leaves its input as it is: only then may its shortcut be another tensor than x."""
+        return all(only_reads(self.get_submodule(f"branch{index}")) for index in range(self.width))
+
     def _fused(self, u: Tensor, se: SqueezeExcite, shortcut: Tensor, fork: bool) -> Forked:
         conv, scale = self.conv2d, self.scale
-        assert conv.bias is not None
+        kernel, bias = weight_and_bias(conv)
         # The convolution's bias is BN's: no pass of its own adds it, and none sums its gradient.
-        u = F.conv2d(u, conv.weight)
+        u = nn.Conv2d._conv_forward(conv, u, kernel, None)
         dtype = accumulate_dtype(u.dtype)
-        # In this dtype, lest the division rounds a weight of lower precision once more.
-        w1 = se.fc1.weight if self.se_scaled else se.fc1.weight.to(dtype) / scale
-        weight, bias = u.new_full((u.shape[1],), scale, dtype=dtype), conv.bias.to(dtype) * scale
-        return affine_se(se, u, shortcut, weight=weight, bias=bias, w1=w1, out_act=self.out_act, fork=fork)
+        weight, bias = u.new_full((u.shape[1],), scale, dtype=dtype), None if bias is None else bias.to(dtype) * scale
+        w1_scale = 1.0 if self.se_scaled else scale
+        options: dict[str, Any] = {"w1_scale": w1_scale, "out_act": self.out_act, "fork": fork}
+        return affine_se(se, u, shortcut, weight=weight, bias=bias, **options)
 
     def extra_repr(self) -> str:
         return f"scale={self.scale}, out_act={self.out_act}"

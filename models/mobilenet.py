@@ -62,7 +62,7 @@ class SeparableBlock(nn.Module):
 
     def _norm(self, position: str, bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
         if self.se is not None and self.se_position == position:
-            return bn_se(bn, self.se, x, bn_act="relu")
+            return bn_se(self, bn, self.se, x, bn_act=self.relu)[0]
         return self.relu(bn(x))
 
 

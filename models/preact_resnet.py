@@ -6,14 +6,14 @@ from typing import Any, Unpack
 from torch import Tensor, nn
 
 from setriton.checks import check_rate, check_size
-from setriton.modules import SqueezeExcite
+from setriton.stock import is_traced
 
 from .base import Level, Network, Options
-from .blocks import affine_se, conv1x1, conv3x3, init_weights
+from .blocks import affine_se, conv1x1, conv3x3, init_weights, may_fuse
 from .preprocessing import Preprocessing
 from .registry import register
-from .se import SEBlock, SEOptions
-from .stages import Forked, ForkedStage
+from .se import SEOptions
+from .stages import Forked, ForkedStage, only_reads
 
 
 class PreActBlock(nn.Module):
@@ -27,6 +27,8 @@ class PreActBlock(nn.Module):
         se: how its SE block is made, or None.
         conv_drop_rate: dropout before the last convolution.
     """
+
+    takes_forks = True
 
     def __init__(
         self,
@@ -52,11 +54,17 @@ class PreActBlock(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor | None = None, *, fork: bool = False) -> Forked:
         """The block's output; with `fork` a pair, x and skip of the next block (see `ResidualBlock.forward`)."""
-        shortcut = x if skip is None else skip.view_as(x)
+        if is_traced(x):
+            skip, fork = None, False
+        shortcut = x if skip is None or not only_reads(self.bn1) else skip.view_as(x)
         x = self.relu(self.bn1(x))
         if self.projection is not None:
             shortcut = self.projection(x)
-        return _se_add(self.se, self.branch(x), shortcut, fork)
+        x, se = self.branch(x), self.se
+        if may_fuse(se, self, x):
+            return affine_se(se, x, shortcut, fork=fork)
+        y = shortcut + (x if se is None else se(x))
+        return (y, None) if fork else y
 
 
 class PreActBasic(PreActBlock):
@@ -156,14 +164,6 @@ class PreActResNet(Network):
         self.relu = nn.ReLU(inplace=True)
         self.finish(("conv1", "layer1", "layer2", "layer3", "bn", "relu"), levels)
         init_weights(self)
-
-
-def _se_add(se: SEBlock | None, x: Tensor, shortcut: Tensor, fork: bool) -> Forked:
-    """``se(x) + shortcut``, twice with `fork`."""
-    if not isinstance(se, SqueezeExcite):
-        y = shortcut + (x if se is None else se(x))
-        return (y, None) if fork else y
-    return affine_se(se, x, shortcut, fork=fork)
 
 
 # Networks without bottlenecks do not have the choice of where their stride is.

@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from setriton.checks import check_choice, check_size
-from setriton.modules import SqueezeExcite, bn_se_forward
+from setriton.modules import SqueezeExcite, Step, called_tail, tail
 
 _log = logging.getLogger("setriton")
 
 SQUEEZES = {"avg": lambda x: x.mean((2, 3), keepdim=True), "max": lambda x: x.amax((2, 3), keepdim=True), "none": None}
 GATES = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu}
-ACTS = {"identity": lambda x: x, "relu": torch.relu}
+ACTS = {"identity": lambda x: x, "relu": F.relu}
 
 
 class StockSqueezeExcite(nn.Module):
@@ -43,7 +44,7 @@ class StockSqueezeExcite(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         pool = SQUEEZES[self.squeeze]
         squeezed = x if pool is None else pool(x)
-        return x * GATES[self.gate](self.fc2(torch.relu(self.fc1(squeezed))))
+        return x * GATES[self.gate](self.fc2(F.relu(self.fc1(squeezed))))
 
     def extra_repr(self) -> str:
         return f"squeeze={self.squeeze}, gate={self.gate}"
@@ -120,16 +121,17 @@ def _report_stock(squeeze: str, gate: str) -> None:
 
 
 def bn_se(
-    bn: nn.BatchNorm2d,
-    se: SEBlock,
+    owner: nn.Module,
+    bn: nn.Module,
+    se: nn.Module,
     x: Tensor,
     residual: Tensor | None = None,
     *,
-    bn_act: str = "identity",
-    out_act: str = "identity",
-) -> Tensor:
-    """``out_act(se(bn_act(bn(x))) + residual)``: one fused operator, or PyTorch's one by one for a stock block."""
-    if isinstance(se, SqueezeExcite):
-        return bn_se_forward(bn, se, x, residual, bn_act=bn_act, out_act=out_act)
-    y = se(ACTS[bn_act](bn(x)))
-    return ACTS[out_act](y if residual is None else y + residual)
+    bn_act: Step = "identity",
+    out_act: Step = "identity",
+    fork: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`setriton.modules.tail`, of PyTorch's own operators without a message where the network was made of them."""
+    if isinstance(se, StockSqueezeExcite):
+        return called_tail(bn, se, x, residual, bn_act=bn_act, out_act=out_act), None
+    return tail(owner, bn, se, x, residual, bn_act=bn_act, out_act=out_act, fork=fork)

@@ -5,11 +5,13 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
+from setriton.stock import is_traced
+
 from .base import Level, Network, Options
 from .blocks import ResidualBlock, conv3x3, init_weights
 from .registry import register
 from .se import SEOptions, bn_se
-from .stages import Forked, ForkedStage
+from .stages import Forked, ForkedStage, only_reads
 
 # Output channels and units of stages 2 to 4 for 3 groups (Table 1).
 _STAGES = ((240, 4), (480, 8), (960, 4))
@@ -76,10 +78,15 @@ class StridedShuffleUnit(ShuffleUnit):
         super().__init__(in_chans, mid_chans, branch_chans, groups, first_groups=first_groups, stride=2, se=se)
         self.pool = nn.AvgPool2d(3, 2, padding=1)
 
+    def only_reads(self) -> bool:
+        return super().only_reads() and only_reads(self.pool)
+
     def forward(self, x: Tensor, skip: Tensor | None = None, *, fork: bool = False) -> Forked:
-        pooled = self.pool(x if skip is None else skip.view_as(x))
+        if is_traced(x):
+            skip, fork = None, False
+        pooled = self.pool(x if skip is None or not self.only_reads() else skip.view_as(x))
         y = self.branch(x)
-        y = self.relu(self.bn3(y)) if self.se is None else bn_se(self.bn3, self.se, y, out_act="relu")
+        y = self.relu(self.bn3(y)) if self.se is None else bn_se(self, self.bn3, self.se, y, out_act=self.relu)[0]
         y = torch.cat((pooled, y), dim=1)
         return (y, None) if fork else y
 
@@ -118,6 +125,7 @@ class ShuffleNet(Network):
         init_weights(self)
 
 
+@torch.fx.wrap
 def _shuffle(x: Tensor, groups: int) -> Tensor:
     """Channel i of group j becomes channel j of group i: one copy, in the map's own layout."""
     if x.is_contiguous(memory_format=torch.channels_last):

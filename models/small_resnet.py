@@ -15,6 +15,8 @@ from .stages import ForkedStage
 class PadShortcut(nn.Module):
     """The shortcut without parameters (arXiv 1512.03385, option A): every second pixel, zeros for new channels."""
 
+    only_reads = True
+
     def __init__(self, new_chans: int) -> None:
         super().__init__()
         self.new_chans = new_chans

@@ -36,7 +36,7 @@ class VGGBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
-        return self.relu(self.bn(x)) if self.se is None else bn_se(self.bn, self.se, x, bn_act="relu")
+        return self.relu(self.bn(x)) if self.se is None else bn_se(self, self.bn, self.se, x, bn_act=self.relu)[0]
 
 
 class VGG(Network):

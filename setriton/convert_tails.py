@@ -67,6 +67,9 @@ class _Excitation(NamedTuple):
     act: str
     gate: str
 
+    def weights(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        return *self.fc1, *self.fc2
+
 
 def tail(
     bn: nn.BatchNorm2d,

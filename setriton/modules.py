@@ -1,122 +1,30 @@
-"""The modules: parameters in the stock layout, the fused functions as their forward."""
+"""The tail of a block as a module: BN, SE and what stands around them, fused where the layers may be read."""
 
-import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import torch
 from torch import Tensor, nn
 
 from .checks import check_choice, check_size
-from .functional import bn_squeeze_excite, bn_squeeze_excite_forked, squeeze_excite
-from .reference import ACTS, BN_ACTS, GATES, OUT_ACTS
+from .functional import bn_squeeze_excite, bn_squeeze_excite_forked
+from .reference import ACTS, BN_ACTS, OUT_ACTS
+from .se import SqueezeExcite as SqueezeExcite
+from .stock import is_stock, must_call, report_calls, weight_and_bias, why_called
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# Symbolic tracing sees one call where these stand, and not the checks of arguments inside.
-torch.fx.wrap("squeeze_excite")
-torch.fx.wrap("bn_squeeze_excite")
-torch.fx.wrap("bn_squeeze_excite_forked")
-
-# Classes of torch and timm by name: timm has its own of some, such as Sigmoid and HardSigmoid.
-_ACT_CLASSES = {"ReLU": "relu", "SiLU": "silu", "Swish": "silu", "GELU": "gelu", "Identity": "identity"}
-_GATE_CLASSES = {"Sigmoid": "sigmoid", "Hardsigmoid": "hardsigmoid", "HardSigmoid": "hardsigmoid"}
-
-
-class SqueezeExcite(nn.Module):
-    """The Squeeze-and-Excitation block, fused: reads and writes feature maps (N, C, H, W).
-
-    Parameters are those of two 1x1 convolutions `fc1` (R, C, 1, 1) and `fc2` (C, R, 1, 1), the state dict of timm's
-    `SEModule` and torchvision's `SqueezeExcitation`; pass the class to timm as ``block_args=dict(attn_layer=...)``.
-    timm rounds R to a multiple of 8: where C / 16 is none (C = 64: 8 there, 4 here), give `rd_channels`.
-
-    Args:
-        channels: C, channels of the feature map.
-        rd_ratio: hidden width R over C, rounded down, at least 1. The paper's r = 16 (section 6.1) is 1/16.
-        rd_channels: R itself; overrides `rd_ratio`.
-        bias: whether the two layers have biases, as in the authors' released networks.
-        act: relu, silu, gelu, hardswish or identity.
-        gate: sigmoid or hardsigmoid.
-        device, dtype: of the parameters.
-
-    Raises:
-        TypeError: a width that is no int.
-        ValueError: a width below 1, or an unknown `act` or `gate`.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        rd_ratio: float = 1 / 16,
-        rd_channels: int | None = None,
-        bias: bool = True,
-        act: str = "relu",
-        gate: str = "sigmoid",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        check_choice("act", act, ACTS)
-        check_choice("gate", gate, GATES)
-        check_size("channels", channels)
-        if rd_channels is None:
-            if not 0 < rd_ratio < math.inf:
-                raise ValueError(f"rd_ratio must be positive; got {rd_ratio}")
-            rd_channels = max(1, int(channels * rd_ratio))
-        check_size("rd_channels", rd_channels)
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.fc1 = nn.Conv2d(channels, rd_channels, 1, bias=bias, **factory)
-        self.fc2 = nn.Conv2d(rd_channels, channels, 1, bias=bias, **factory)
-        self.act = act
-        self.gate = gate
-
-    def forward(self, x: Tensor) -> Tensor:
-        fc1, fc2 = self.fc1, self.fc2
-        return squeeze_excite(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, act=self.act, gate=self.gate)
-
-    def extra_repr(self) -> str:
-        return f"act={self.act}, gate={self.gate}"
-
-    @classmethod
-    def from_module(cls, module: nn.Module) -> Self:
-        """`module` itself if it is one, else a SqueezeExcite around the layers of a stock SE block.
-
-        Args:
-            module: timm's `SEModule` or torchvision's `SqueezeExcitation`; `fc1` and `fc2` are taken over, not copied.
-
-        Raises:
-            TypeError: `module` is neither.
-            ValueError: it has an option that the fused block has not: a normalization, a max pool, other functions.
-        """
-        if isinstance(module, cls):
-            return module
-        name, children = type(module).__name__, dict(module.named_children())
-        fc1, fc2 = children.get("fc1"), children.get("fc2")
-        act = children.get("act", children.get("activation"))
-        gate = children.get("gate", children.get("scale_activation"))
-        if not isinstance(fc1, nn.Conv2d) or not isinstance(fc2, nn.Conv2d) or act is None or gate is None:
-            raise TypeError(f"module must be an SE block with convolutions fc1 and fc2, an act and a gate; got {name}")
-        if not isinstance(children.get("bn", nn.Identity()), nn.Identity) or getattr(module, "add_maxpool", False):
-            raise ValueError(f"module must have no normalization and no max pool; got {module}")
-        for fc in (fc1, fc2):
-            if (fc.kernel_size, fc.stride, fc.padding, fc.groups) != ((1, 1), (1, 1), (0, 0), 1):
-                raise ValueError(f"module must have 1x1 convolutions of one group; got {fc}")
-        ours = cls(
-            fc1.in_channels,
-            rd_channels=fc1.out_channels,
-            act=_function_name("act", act, _ACT_CLASSES),
-            gate=_function_name("gate", gate, _GATE_CLASSES),
-            device="meta",
-        )
-        ours.fc1, ours.fc2 = fc1, fc2
-        return ours.train(module.training)
+Step = str | Callable[[Tensor], Tensor]
+"""An element-wise function: a name of `setriton.reference.ACTS`, or a module or function."""
 
 
 class BatchNormSqueezeExcite(nn.Module):
     """The tail of a block, fused: ``out_act(SE(bn_act(BN(x))) + residual)``, with BN and SE as children `bn` and `se`.
 
     BN keeps its running statistics exactly as `nn.BatchNorm2d` does; `nn.SyncBatchNorm.convert_sync_batchnorm` works
-    on it too, and then the statistics are those of all ranks. Forward hooks of the two children are not called.
+    on it too, and then the statistics are those of all ranks. Where a child is no stock layer (hooks, adapters, another
+    class), the children are called one after the other, and a message says so once.
 
     Args:
         channels: C, channels of the feature map.
@@ -159,7 +67,7 @@ class BatchNormSqueezeExcite(nn.Module):
         self.out_act = out_act
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return bn_se_forward(self.bn, self.se, x, residual, bn_act=self.bn_act, out_act=self.out_act)
+        return tail(self, self.bn, self.se, x, residual, bn_act=self.bn_act, out_act=self.out_act)[0]
 
     def extra_repr(self) -> str:
         return f"bn_act={self.bn_act}, out_act={self.out_act}"
@@ -192,6 +100,76 @@ class BatchNormSqueezeExcite(nn.Module):
     def to_pair(self) -> tuple[nn.BatchNorm2d, SqueezeExcite]:
         """The two modules, to be called one after the other again."""
         return self.bn, self.se
+
+
+def tail(
+    owner: nn.Module,
+    bn: Any,
+    se: Any,
+    x: Tensor,
+    residual: Tensor | None = None,
+    *,
+    bn_act: Step = "identity",
+    out_act: Step = "identity",
+    fork: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """``out_act(se(bn_act(bn(x))) + residual)`` of a module's layers, in one call where they may be read.
+
+    Args:
+        owner: the module whose forward it is, for the message where they may not.
+        bn, se: a normalization and an SE block; any modules.
+        x, residual: feature maps (N, C, H, W).
+        bn_act, out_act: names, or layers of `owner`.
+        fork: give the result twice, as `bn_squeeze_excite_forked` does; None in the second place where it is not fused.
+    """
+    bn_act_name, out_act_name = _name(bn_act), _name(out_act)
+    is_readable = is_stock(bn, _norm_class(bn)) and is_stock(se, SqueezeExcite) and se.is_readable()
+    if is_readable and not must_call(x) and bn_act_name is not None and out_act_name is not None:
+        if fork:
+            return bn_se_forward(bn, se, x, residual, bn_act=bn_act_name, out_act=out_act_name, fork=True)
+        return bn_se_forward(bn, se, x, residual, bn_act=bn_act_name, out_act=out_act_name), None
+    _report(owner, bn, se, x, {"bn_act": bn_act, "out_act": out_act})
+    return called_tail(bn, se, x, residual, bn_act=bn_act, out_act=out_act), None
+
+
+def called_tail(
+    bn: Any,
+    se: Any,
+    x: Tensor,
+    residual: Tensor | None = None,
+    *,
+    bn_act: Step = "identity",
+    out_act: Step = "identity",
+) -> Tensor:
+    """`tail` without the fused call: one layer after the other."""
+    y = se(_function(bn_act, x)(bn(x)))
+    return _function(out_act, x)(y if residual is None else y + residual)
+
+
+def _name(step: Step) -> str | None:
+    """What a fused forward calls a function; None where it has to be called."""
+    if type(step) is str:
+        return step
+    return "relu" if is_stock(step, nn.ReLU) else None
+
+
+def _function(step: Step, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """A stock layer too is a function, not in place: a hook on the layer before it may be looking at its result."""
+    if not isinstance(step, str) and (must_call(x) or _name(step) is None):
+        return step
+    return ACTS[_name(step) or ""].function
+
+
+def _norm_class(bn: Any) -> type[nn.Module]:
+    return nn.SyncBatchNorm if isinstance(bn, nn.SyncBatchNorm) else nn.BatchNorm2d
+
+
+def _report(owner: nn.Module, bn: Any, se: Any, x: Tensor, steps: dict[str, Step]) -> None:
+    reasons = {"bn": why_called(bn, _norm_class(bn)), "se": why_called(se, SqueezeExcite)}
+    if isinstance(se, SqueezeExcite):
+        reasons |= {f"se.{name}": reason for name, reason in se.why_called().items()}
+    reasons |= {name: why_called(step, nn.ReLU) for name, step in steps.items() if _name(step) is None}
+    report_calls(owner, reasons, x)
 
 
 @overload
@@ -235,25 +213,22 @@ def bn_se_forward(
         bn_act, out_act: of `bn_squeeze_excite`.
         fork: give the result twice, as `bn_squeeze_excite_forked` does.
     """
+    running_mean, running_var, count = _statistics(bn)
     momentum = 0.0 if bn.momentum is None else bn.momentum
-    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
+    if bn.training and bn.track_running_stats and count is not None:
+        count.add_(1)
         if bn.momentum is None:
-            momentum = 1.0 / float(bn.num_batches_tracked)
+            momentum = 1.0 / float(count)
     uses_buffers = not bn.training or bn.track_running_stats
     function = bn_squeeze_excite_forked if fork else bn_squeeze_excite
     return function(
         x,
-        bn.weight,
-        bn.bias,
-        bn.running_mean if uses_buffers else None,
-        bn.running_var if uses_buffers else None,
-        se.fc1.weight,
-        se.fc1.bias,
-        se.fc2.weight,
-        se.fc2.bias,
+        *weight_and_bias(bn),
+        running_mean if uses_buffers else None,
+        running_var if uses_buffers else None,
+        *se.weights(),
         residual=residual,
-        training=bn.training or (bn.running_mean is None and bn.running_var is None),
+        training=bn.training or (running_mean is None and running_var is None),
         momentum=momentum,
         eps=bn.eps,
         bn_act=bn_act,
@@ -264,6 +239,11 @@ def bn_se_forward(
     )
 
 
+def _statistics(bn: nn.Module) -> Any:
+    names, own = ("running_mean", "running_var", "num_batches_tracked"), bn._buffers
+    return (own[name] if name in own else getattr(bn, name) for name in names)
+
+
 def _process_group(bn: nn.Module) -> "ProcessGroup | None":
     """Whose ranks share statistics: nn.SyncBatchNorm's group, by default all ranks, in training mode."""
     import torch.distributed as dist
@@ -271,11 +251,3 @@ def _process_group(bn: nn.Module) -> "ProcessGroup | None":
     if not isinstance(bn, nn.SyncBatchNorm) or not bn.training or not dist.is_available() or not dist.is_initialized():
         return None
     return bn.process_group or dist.group.WORLD
-
-
-def _function_name(argument: str, module: nn.Module, names: dict[str, str]) -> str:
-    kind = type(module)
-    name = names.get(kind.__name__) if kind.__module__.split(".")[0] in ("torch", "timm") else None
-    if name is None or getattr(module, "approximate", "none") != "none":
-        raise ValueError(f"{argument} must be one of {', '.join(names)}; got {module}")
-    return name

@@ -1,6 +1,7 @@
 """The modules beside torch's, timm's and torchvision's."""
 
 import copy
+import functools
 import pickle
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from changed_layers import CHANGES
 from timm.layers import BatchNormAct2d, SEModule
 from torch import nn
 
@@ -170,3 +172,63 @@ def test_a_tail_compiles_with_its_bookkeeping() -> None:
 def test_public_names() -> None:
     assert all(hasattr(setriton, name) for name in setriton.__all__)
     assert set(dir(setriton)) == set(setriton.__all__)
+
+
+def written_out(se: SqueezeExcite, x: torch.Tensor) -> torch.Tensor:
+    """The block of its layers, called."""
+    return x * torch.sigmoid(se.fc2(torch.nn.functional.silu(se.fc1(x.mean((2, 3), keepdim=True)))))
+
+
+def written_out_tail(tail: BatchNormSqueezeExcite, x: torch.Tensor) -> torch.Tensor:
+    return torch.relu(written_out(tail.se, torch.nn.functional.silu(tail.bn(x))) + x)
+
+
+# Changes of layers that a tail alone has not, or that `written_out` does not call.
+OF_BLOCKS = (
+    *("hook of relu", "silu", "no drop path", "hook of drop path"),
+    *("no se", "hook of se", "pre-hook of se", "backward pre-hook"),
+)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("name", [name for name in CHANGES if name not in OF_BLOCKS])
+def test_what_was_done_to_a_layer_takes_effect(name: str) -> None:
+    tail = BatchNormSqueezeExcite(16, 1 / 4, act="silu", bn_act="silu", out_act="relu", dtype=torch.float64)
+    nn.init.constant_(tail.bn.bias, 0.5)
+    twin = copy.deepcopy(tail)
+    for module in (tail, twin):
+        torch.manual_seed(5)
+        CHANGES[name](module)
+    for x in torch.randn(2, 3, 16, 4, 5, dtype=torch.float64):
+        gradients = []
+        for function in (tail, functools.partial(written_out_tail, twin)):
+            image = x.clone().requires_grad_()
+            y = function(image, image) if function is tail else function(image)
+            y.cos().sum().backward()
+            gradients.append([y.detach(), image.grad])
+        torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+        for (key, found), (other, want) in zip(tail.named_parameters(), twin.named_parameters(), strict=True):
+            assert key == other
+            torch.testing.assert_close(found.grad, want.grad, rtol=1e-10, atol=1e-10, msg=lambda m, k=key: k + m)
+    torch.testing.assert_close(tail.state_dict(), twin.state_dict(), rtol=1e-10, atol=1e-10)
+
+
+def test_activations_are_exchanged() -> None:
+    tail = BatchNormSqueezeExcite(8, 1 / 2, dtype=torch.float64).eval()
+    x = torch.randn(2, 8, 3, 3, dtype=torch.float64)
+    tail.se.act, tail.se.gate = nn.Mish(), nn.Tanh()
+    tail.bn_act, tail.out_act = nn.LeakyReLU(0.2), torch.sin
+    se, u = tail.se, nn.functional.leaky_relu(tail.bn(x), 0.2)
+    excited = torch.tanh(se.fc2(nn.functional.mish(se.fc1(u.mean((2, 3), keepdim=True)))))
+    torch.testing.assert_close(tail(x, x), torch.sin(u * excited + x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_traced_tail_follows_training() -> None:
+    tail = BatchNormSqueezeExcite.from_pair(*make_pair(), bn_act="silu", out_act="relu").train()
+    traced = torch.fx.symbolic_trace(tail)
+    assert {str(n.target) for n in traced.graph.nodes if n.op == "call_module"} == {"bn", "se.fc1", "se.fc2"}
+    assert tail.bn.num_batches_tracked == 0
+    x = torch.randn(2, 16, 3, 4, dtype=torch.float64)
+    for training in (True, False, True):
+        twin = copy.deepcopy(tail)
+        torch.testing.assert_close(traced.train(training)(x, x), twin.train(training)(x, x), rtol=1e-11, atol=1e-11)

@@ -1,0 +1,169 @@
+"""Whether a layer may be read instead of called: its class, and nothing else, says what it computes.
+
+A fused forward takes the parameters of layers and calls none of them. That is right only where the call would do what
+the class does: adapters, pruning, hooks, observers, sharding and other classes all act on the call. So a fused forward
+asks first, at each call, and keeps nothing from one call to the next:
+
+    if not must_call(x) and is_stock(self.fc1, nn.Conv2d) and is_stock(self.fc2, nn.Conv2d):
+        return fused(...)                           # reads parameters, by weight_and_bias(self.fc1)
+    report_calls(self, {"fc1": why_called(self.fc1, nn.Conv2d), "fc2": why_called(self.fc2, nn.Conv2d)}, x)
+    return x * gate(self.fc2(act(self.fc1(...))))   # calls the children one after the other
+
+The check is a few look-ups, 0.4 us a layer; `weight_and_bias` saves 1 us beside two attributes of an nn.Module.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any, TypeGuard, TypeVar
+
+from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.nn.modules import module as _module
+from torch.nn.utils import parametrize
+
+_M = TypeVar("_M", bound=nn.Module)
+_log = logging.getLogger("setriton")
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_TRACKER = "torch.utils.module_tracker"
+# functional_call puts plain tensors where parameters are.
+_PLAIN = frozenset((nn.Parameter, Tensor, type(None)))
+_derived: dict[type, type] = {}
+_reported: set[tuple[str, str]] = set()
+
+
+def is_stock(module: Any, kind: type[_M]) -> TypeGuard[_M]:
+    """Whether `module` computes what `kind` does from its own parameters and attributes, and calling it does no more.
+
+    Its class is `kind` itself, or that of a `kind` with parametrizations (`torch.nn.utils.parametrize`), or one that
+    `declare_stock` names. It has no hooks, no forward of its own, and was not compiled by itself; its parameters and
+    buffers are registered and plain, no subclass such as DTensor. Hooks on all modules are `must_call`'s.
+    """
+    if type(module) is not kind and not _stands_for(module, kind):
+        return False
+    has = module.__dict__
+    return (
+        not (has["_forward_hooks"] or has["_forward_pre_hooks"] or has["_backward_hooks"] or has["_backward_pre_hooks"])
+        and "forward" not in has
+        and module._compiled_call_impl is None
+        and (not has["_parameters"] or _are_plain(has["_parameters"]))
+        and (not has["_buffers"] or _are_plain(has["_buffers"]))
+    )
+
+
+def must_call(x: Any) -> bool:
+    """Whether every layer has to be called: hooks on all modules, or `x` is a proxy of a symbolic trace.
+
+    A trace that reads parameters could not follow `training`, and quantization would find no layers in it.
+    """
+    return is_traced(x) or bool(
+        (
+            _module._global_forward_hooks
+            or _module._global_forward_pre_hooks
+            or _module._global_backward_hooks
+            or _module._global_backward_pre_hooks
+        )
+        and _is_watched()
+    )
+
+
+def why_called(module: Any, kind: type[nn.Module]) -> str | None:
+    """Why `module` is not stock, as in "with hooks"; None if it is."""
+    if is_stock(module, kind):
+        return None
+    if type(module) is not kind and not _stands_for(module, kind):
+        return f"a {type(module).__module__}.{type(module).__qualname__}"
+    if any(getattr(module, name) for name in _HOOKS):
+        return "with hooks"
+    if "forward" in vars(module):
+        return "with a forward of its own"
+    if module._compiled_call_impl is not None:
+        return "compiled by itself"
+    tensors = {**module._parameters, **module._buffers}
+    names = (f"with a {type(t).__name__} as {name}" for name, t in tensors.items() if not _are_plain({name: t}))
+    return next(names)
+
+
+def report_calls(owner: nn.Module, reasons: Mapping[str, str | None], x: Any) -> None:
+    """Say once, for each class and reason, why `owner` calls its layers one after the other.
+
+    Args:
+        owner: the module whose forward it is.
+        reasons: what `why_called` says of its layers, by name.
+        x: what `must_call` was asked.
+    """
+    found = [f"{name}: {reason}" for name, reason in reasons.items() if reason is not None]
+    if must_call(x):
+        found.append("torch.fx traces it" if is_traced(x) else "hooks are registered for all modules")
+    _report(type(owner).__name__, "; ".join(found))
+
+
+def weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Those of a stock layer: registered, or computed by parametrizations."""
+    own: Any = layer._parameters
+    if "weight" in own and "bias" in own:
+        return own["weight"], own["bias"]
+    parametrized: Any = layer
+    return parametrized.weight, parametrized.bias
+
+
+def is_traced(x: Any) -> bool:
+    """Whether `x` is a proxy of `torch.fx.symbolic_trace`, and no tensor."""
+    return isinstance(x, Proxy)
+
+
+def leaf(module: nn.Module, x: Any) -> Any:
+    """The call of `module` itself in the graph that is being traced, whose forward then sees sizes and `training`.
+
+    None where the graph is that of the module itself.
+    """
+    tracer: Any = x.tracer
+    return (
+        None if module is tracer.root else tracer.create_proxy("call_module", tracer.path_of_module(module), (x,), {})
+    )
+
+
+def declare_stock(derived: type[nn.Module], original: type[nn.Module]) -> None:
+    """Let modules of class `derived` count as those of `original`, whose forward they have."""
+    _derived[derived] = original
+
+
+def _is_watched() -> bool:
+    """Whether a hook on all modules is other than those that note which module runs, as FlopCounterMode has."""
+    every = (
+        _module._global_forward_hooks,
+        _module._global_forward_pre_hooks,
+        _module._global_backward_hooks,
+        _module._global_backward_pre_hooks,
+    )
+    return any(getattr(hook, "__module__", None) != _TRACKER for hooks in every for hook in hooks.values())
+
+
+def _stands_for(module: Any, kind: type[nn.Module]) -> bool:
+    if not isinstance(module, kind):
+        return False
+    plain = parametrize.type_before_parametrizations(module)
+    return plain is kind or _derived.get(plain) is kind
+
+
+def _are_plain(tensors: Mapping[str, Tensor | None]) -> bool:
+    kinds = map(type, tensors.values())
+    return _PLAIN.issuperset(kinds) or all(type(t) in _PLAIN or _is_of_tracer(type(t)) for t in tensors.values())
+
+
+def _is_of_tracer(kind: type) -> bool:
+    """Tensors that export and AOTAutograd put in the place of plain ones."""
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    return issubclass(kind, FakeTensor | FunctionalTensor)
+
+
+def _report(owner: str, reason: str) -> None:
+    if (owner, reason) not in _reported:
+        _reported.add((owner, reason))
+        _log.warning("%s calls its layers one after the other instead of one fused operator: %s", owner, reason)
+
+
+# Dynamo runs it while it traces, as torch.compiler.assume_constant_result says, which imports all of Dynamo.
+_report._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,0 +1,1 @@
+../../setriton/se.py

@@ -4,6 +4,7 @@ A fused module is the module it was, of another class: one derived from its own,
 buffers, children, hooks and attributes are not touched, and `restore` gives the class back.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -13,9 +14,9 @@ from torch import nn
 from .compile.report import table
 from .convert_copy import undisturbed
 from .convert_fused import Fused, fuse
-from .convert_state import Left, fingerprint
+from .convert_state import Left, Unread, fingerprint
 from .convert_tails import is_known, read_tails
-from .convert_trace import Plan, looks_like_se, read_squeeze_excite
+from .convert_trace import Plan, is_named_se, looks_like_se, read_squeeze_excite
 from .modules import SqueezeExcite
 
 
@@ -112,7 +113,7 @@ class _Reader:
     def __init__(self, modules: dict[str, nn.Module], report: Report) -> None:
         self.modules = modules
         self.report = report
-        self.known: dict[Any, Plan | Left | None] = {}
+        self.known: dict[Any, Plan | Left] = {}
 
     def find_se(self) -> dict[str, Plan]:
         """The SE modules by path, as calls of `squeeze_excite`; what looks like one is noted as left."""
@@ -126,12 +127,12 @@ class _Reader:
                     raise Left("already accelerated")
                 if not looks_like_se(module):
                     continue
-                plan = self._once(module, "se", lambda module=module: read_squeeze_excite(module))
+                plan = self._once(module, "se", functools.partial(read_squeeze_excite, module))
             except Left as reason:
+                if isinstance(reason, Unread) and not is_named_se(module):
+                    continue  # nothing says that it is one
                 self.report.left[path] = str(reason)
             else:
-                if plan is None:
-                    continue
                 found[path] = plan
             parts = path.split(".")
             around |= {".".join(parts[:count]) for count in range(len(parts))}
@@ -155,7 +156,7 @@ class _Reader:
                 if "forward" in vars(block):
                     raise Left(f"{parent or 'the model'} has a forward of its own")
                 inner = {name: calls[path] for name, path in paths.items()}
-                plan = self._once(block, "tail", lambda block=block, inner=inner: read_tails(block, inner))
+                plan = self._once(block, "tail", functools.partial(read_tails, block, inner))
             except Left as reason:
                 self.report.left |= dict.fromkeys(paths.values(), str(reason))
                 continue
@@ -167,7 +168,7 @@ class _Reader:
     def _leave(self, paths: Iterable[str], note: str) -> None:
         self.report.left |= {path: note for path in paths if not isinstance(self.modules[path], SqueezeExcite)}
 
-    def _once(self, module: nn.Module, what: str, read: Callable[[], Plan | None]) -> Any:
+    def _once(self, module: nn.Module, what: str, read: Callable[[], Plan]) -> Plan:
         """What `read` finds out about a module, or did about one like it."""
         key = what, fingerprint(module)
         if key not in self.known:

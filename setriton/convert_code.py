@@ -10,38 +10,47 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
-from .convert_state import Left
+from .convert_state import OF_MODULE, Left, Unread
 
 # Modules that hold nothing which a forward could change, or which could be changed between two calls.
 _PURE_MODULES = {"math", "operator", "typing", "collections", "functools", "itertools"}
 _PURE_BUILTINS = {
     "abs", "all", "any", "bool", "callable", "complex", "dict", "divmod", "enumerate", "filter", "float", "frozenset",
-    "getattr", "hasattr", "int", "isinstance", "issubclass", "len", "list", "map", "max", "min", "pow", "range", "repr",
+    "hasattr", "int", "isinstance", "issubclass", "len", "list", "map", "max", "min", "pow", "range", "repr",
     "reversed", "round", "set", "slice", "sorted", "str", "sum", "super", "tuple", "type", "zip", "property",
     "NotImplemented", "Ellipsis", "__debug__",
 }  # fmt: skip
-_CALLS = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "__getattribute__", "__setattr__")
+# What calls, copies or reads a module, and could be code of a user's.
+_SPECIAL = (
+    "__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "__getattribute__", "__setattr__", "__delattr__",
+    "__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__new__", "__del__", "train",
+    "named_modules", "named_parameters", "named_buffers", "parameters", "modules", "zero_grad", "_apply",
+)  # fmt: skip
+_TRUSTED = {"torch", "setriton"}
+_CONSTANTS = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
 def require_own(module: nn.Module) -> None:
-    """Left where running the module, or a descendant, could read or change what is not the module's own."""
+    """Unread where running the module, or a descendant, could read or change what is not the module's own."""
     for path, child in module.named_modules():
         reader = _Reader()
         try:
-            for name in _CALLS:
-                method = getattr(type(child), name)
-                if method is not getattr(nn.Module, name) and not _is_of_torch(method):
+            for name in _SPECIAL:
+                method = getattr(type(child), name, None)
+                if method is not getattr(nn.Module, name, None) and not _is_of_torch(method):
                     raise Left(f"has a {name} of its own")
-            reader.read_method(child, "forward")
+            for name in _implicit(type(child)):
+                reader.read_method(child, name)
             for name, value in vars(child).items():
-                if getattr(value, "__self__", None) is child:
-                    value = value.__func__
-                if isinstance(value, types.FunctionType) or name == "forward":
-                    reader.judge(child, name, value)
+                if name in OF_MODULE:
+                    continue  # such as hooks, which copies have not
+                for function in _functions(child, value):
+                    reader.judge(child, name, function)
         except Left as reason:
-            raise Left(f"{path or 'it'} {reason}") from None
+            raise Unread(f"{path or 'it'} {reason}") from None
 
 
 class _Reader:
@@ -62,13 +71,12 @@ class _Reader:
         elif isinstance(value, types.FunctionType):
             self._read_function(module, value)
         elif isinstance(value, types.MethodType):
-            if not _is_of_torch(value):
-                raise Left(f"calls {name} of an object that is not its own")
+            raise Left(f"calls {name} of an object that is not its own")
         elif isinstance(value, type):
             for attribute in names & vars(value).keys() if not _is_of_torch(value) else ():
                 if not callable(vars(value)[attribute]):
                     raise Left(f"reads {name}.{attribute}")
-        elif not (_is_of_torch(value) or _is_builtin(value)):
+        elif not (isinstance(value, _CONSTANTS) or _is_builtin(value)):
             raise Left(f"reads {name}, a {type(value).__name__} that is not its own")
 
     def _read_attribute(self, module: nn.Module, name: str, value: Any) -> None:
@@ -79,9 +87,15 @@ class _Reader:
             raise Left(f"reads {name}, which its class holds")
 
     def _read_function(self, module: nn.Module, function: types.FunctionType) -> None:
-        if _is_of_torch(function) or id(function) in self.seen:
+        if id(function) in self.seen:
             return
         self.seen.add(id(function))
+        if _is_of_torch(function):
+            # Such as torch.no_grad() around a function of another's.
+            wrapped = getattr(function, "__wrapped__", None)
+            if isinstance(wrapped, types.FunctionType):
+                self._read_function(module, wrapped)
+            return
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             if not isinstance(value, bool | int | float | str | tuple | type | types.NoneType):
                 self.judge(module, "a default argument", value)
@@ -142,22 +156,43 @@ def _is_pure(name: str) -> bool:
     return name.partition(".")[0] in _PURE_MODULES | {"torch"} and not name.startswith("torch.distributed")
 
 
-def _is_of_torch(value: Any) -> bool:
-    """Whether a function, or the class of a value, is written in torch; wrappers carry the name of what they wrap."""
+def _implicit(kind: type) -> Iterator[str]:
+    """The methods that a call of a module may come to without naming them: forward, __getitem__, __iter__."""
+    unused = ("__init__", "__repr__", "__str__", "__module__", "__doc__", "__dict__", "__weakref__", "__annotations__")
+    names = {name for base in kind.__mro__ for name, value in vars(base).items() if callable(value)}
+    yield from (name for name in names if name == "forward" or (name.startswith("__") and name not in unused))
+
+
+def _functions(module: nn.Module, value: Any) -> Iterator[Any]:
+    """The functions in an attribute of a module, such as its own forward or a list of them."""
     if isinstance(value, types.MethodType):
-        return _is_of_torch(type(value.__self__))
-    module = value.__globals__["__name__"] if isinstance(value, types.FunctionType) else None
-    if module is None:
-        module = getattr(value if isinstance(value, type) else type(value), "__module__", None) or ""
-        if isinstance(value, types.BuiltinFunctionType):
-            module = value.__module__ or type(value.__self__).__module__
-    return str(module).partition(".")[0] in ("torch", "torch_C") or str(module).startswith("torch.")
+        yield value.__func__ if value.__self__ is module else value
+    elif isinstance(value, types.FunctionType):
+        yield value
+    elif isinstance(value, tuple | list | set | frozenset | dict):
+        for item in (*value, *value.values()) if isinstance(value, dict) else value:
+            if not isinstance(item, nn.Module):
+                yield from _functions(module, item)
+
+
+def _is_of_torch(value: Any) -> bool:
+    """Whether a function or class is written in torch, or here; wrappers carry the name of what they wrap."""
+    if isinstance(value, types.FunctionType):
+        home = value.__globals__["__name__"]
+    else:
+        home = getattr(value if isinstance(value, type) else type(value), "__module__", None) or ""
+    return str(home).partition(".")[0] in _TRUSTED
 
 
 def _is_builtin(value: Any) -> bool:
+    """Whether a value is a function written in C that changes nothing but its arguments, or a constant."""
     if isinstance(value, types.BuiltinFunctionType):
-        module = value.__module__ or ""
-        return value.__name__ in _PURE_BUILTINS if module == "builtins" else module in _PURE_MODULES | {"_operator"}
+        home = value.__module__ or type(value.__self__).__module__
+        if home == "builtins":
+            return value.__name__ in _PURE_BUILTINS
+        return home.partition(".")[0] in {"torch", "_operator", *_PURE_MODULES}
+    if type(value).__module__ in ("torch._ops", "torch.library", "torch._jit_internal"):
+        return True
     return value is NotImplemented or value is Ellipsis
 
 

@@ -14,21 +14,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .convert_state import Left
+from .convert_state import Unread
 
 _HOOKS = tuple(name for name in vars(nn.Module()) if "hooks" in name)
 _SEED = 0x5E
 
 
-def twin(module: nn.Module, seed: int = 0, stand_ins: Collection[nn.Module] = ()) -> nn.Module:
+def twin(module: nn.Module, seed: int | None = None, stand_ins: Collection[nn.Module] = ()) -> nn.Module:
     """A deep copy with other numbers, the same for the same seed; convolutions in `stand_ins` are made cheap.
 
-    All parameters have a gradient to get, and none is so large or small that an activation hides it.
+    Without a seed it has no numbers at all, to be traced. All parameters have a gradient to get, and none is so large
+    or small that an activation hides it.
 
     Raises:
-        Left: the module cannot be copied.
+        Unread: the module cannot be copied.
     """
-    generator = torch.Generator().manual_seed(_SEED + seed)
+    generator = None if seed is None else torch.Generator().manual_seed(_SEED + seed)
     memo: dict[int, Any] = {}
     for child in module.modules():
         for name in _HOOKS:
@@ -48,9 +49,9 @@ def twin(module: nn.Module, seed: int = 0, stand_ins: Collection[nn.Module] = ()
     try:
         copied = copy.deepcopy(module, memo)
     except Exception as error:
-        raise Left(f"cannot be copied: {str(error).partition(chr(10))[0]}") from error
+        raise Unread(f"cannot be copied: {str(error).partition(chr(10))[0]}") from error
     if set(map(id, copied.modules())) & set(map(id, module.modules())):
-        raise Left("cannot be copied: its copy holds modules of its own")
+        raise Unread("cannot be copied: its copy holds modules of its own")
     for child in copied.modules():
         if type(child) is nn.SyncBatchNorm:  # the same where there is one process, and runs on the CPU
             cast(Any, child).__class__ = nn.BatchNorm2d
@@ -79,7 +80,7 @@ def undisturbed() -> Iterator[None]:
                 stack.enter_context(torch.device("cpu"))
             yield
     finally:
-        torch.random.default_generator.set_state(states[0])
+        torch.default_generator.set_state(states[0])
         random.setstate(states[1])
         if numpy is not None:
             numpy.random.set_state(states[2])
@@ -89,7 +90,7 @@ def undisturbed() -> Iterator[None]:
 
 def seed_all(seed: int) -> None:
     """Start all generators anew, but for those of other devices."""
-    torch.random.default_generator.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     random.seed(seed)
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed(seed)
@@ -99,13 +100,13 @@ def drawn() -> tuple[object, ...]:
     """Where the generators are."""
     numpy = sys.modules.get("numpy")
     state = None if numpy is None else pickle.dumps(numpy.random.get_state())
-    return bytes(torch.random.get_rng_state().untyped_storage()), random.getstate(), state
+    return torch.random.get_rng_state().tolist(), random.getstate(), state
 
 
 class _StandIn(nn.Module):
     """Computes something of a convolution's inputs, as large as its result and for few operations."""
 
-    def __init__(self, conv: nn.Conv2d, generator: torch.Generator) -> None:
+    def __init__(self, conv: nn.Conv2d, generator: torch.Generator | None) -> None:
         super().__init__()
         rank = 4
         self.options = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
@@ -119,20 +120,24 @@ class _StandIn(nn.Module):
         return F.conv2d(F.conv2d(few, self.within, None, **self.options, groups=few.shape[1]), self.up)  # type: ignore[arg-type]
 
 
-def _randn(shape: Any, generator: torch.Generator) -> Tensor:
+def _randn(shape: Any, generator: torch.Generator | None) -> Tensor:
+    if generator is None:
+        return torch.empty(tuple(shape), dtype=torch.float64, device="meta")
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device="cpu")
 
 
-def _random_parameter(parameter: Tensor, generator: torch.Generator) -> nn.Parameter:
+def _random_parameter(parameter: Tensor, generator: torch.Generator | None) -> nn.Parameter:
     if not parameter.is_floating_point():
-        raise Left(f"a parameter of dtype {parameter.dtype}")
+        raise Unread(f"a parameter of dtype {parameter.dtype}")
     value = _randn(parameter.shape, generator)
     if parameter.dim() >= 2:
         return nn.Parameter(value / max(1, parameter.shape[1:].numel()) ** 0.5)
     return nn.Parameter(0.5 + 0.5 * value)
 
 
-def _random_buffer(buffer: Tensor, generator: torch.Generator) -> Tensor:
+def _random_buffer(buffer: Tensor, generator: torch.Generator | None) -> Tensor:
+    if buffer.is_floating_point() and generator is None:
+        return torch.empty(buffer.shape, dtype=torch.float64, device="meta")
     if buffer.is_floating_point():
         return torch.rand(buffer.shape, generator=generator, dtype=torch.float64, device="cpu") + 0.5
     if buffer.is_meta:

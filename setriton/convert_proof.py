@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .convert_copy import drawn, seed_all
-from .convert_state import Left, attributes_of
+from .convert_state import Left, Unread, attributes_of
 
 # float64 hardsigmoid and hardswish of torch are off by 3e-8.
 _TOLERANCE = 1e-6
@@ -26,6 +26,8 @@ class Trial(NamedTuple):
     batch: int = 3
     channels_last: bool = False
     input_needs_gradient: bool = True
+    dtype: torch.dtype = torch.float64
+    size: tuple[int, int] | None = None
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
 
@@ -36,7 +38,13 @@ _TRIALS = (
     Trial("evaluation of one image", batch=1, input_needs_gradient=False),
     Trial("no_grad", training=True, context=torch.no_grad),
     Trial("inference_mode", context=torch.inference_mode),
-    Trial("autocast", context=lambda: torch.autocast("cpu", torch.bfloat16)),
+    Trial("evaluation of another size", size=(6, 4)),
+    Trial("evaluation of 1x1 maps", size=(1, 1)),
+)
+# Of these only the types of results are compared. Rounding is another, and so is that of a tail's intermediate results.
+_TYPE_TRIALS = (
+    Trial("autocast", dtype=torch.float32, context=lambda: torch.autocast("cpu", torch.bfloat16)),
+    Trial("bfloat16", dtype=torch.bfloat16),
 )
 
 
@@ -54,7 +62,7 @@ class Outcome:
 
 
 def require_same(
-    make: Callable[[int], nn.Module], replace: Callable[[nn.Module], None], channels: Iterable[int]
+    make: Callable[[int], nn.Module], replace: Callable[[nn.Module], None], channels: Iterable[int], types: bool
 ) -> None:
     """Left where a replacement and its module differ in anything.
 
@@ -62,18 +70,27 @@ def require_same(
         make: a copy of the module, of the same numbers for the same seed.
         replace: makes the replacement of a copy.
         channels: what the input might have; the first that the module takes is used.
+        types: whether to compare the types of outputs in lower precision as well.
     """
     size = _accepted(make(0), list(channels))
     seed = _live(make, size)
     module, replaced = make(seed), make(seed)
     replace(replaced)
-    for trial in _TRIALS:  # each goes on from where the last has left the two
-        wanted = _outcome(module, trial, size)
+    for trial in (*_TRIALS, *(_TYPE_TRIALS if types else ())):  # each goes on from where the last has left the two
+        try:
+            wanted = _outcome(module, trial, size)
+        except Left:
+            raise
+        except Exception as error:
+            if trial.dtype is torch.float64 and trial.size is None:
+                raise Left(f"it could not be tried: {_first_line(error)} (in {trial.name})") from error
+            continue  # not every module takes every size and type
         try:
             found = _outcome(replaced, trial, size)
         except Exception as error:
             raise Left(f"replaced, in {trial.name}: {_first_line(error)}") from error
-        for what in _differences(found, wanted):
+        compare = _differences if trial.dtype is torch.float64 else _differences_of_type
+        for what in compare(found, wanted):
             raise Left(f"{what} (in {trial.name})")
 
 
@@ -107,13 +124,14 @@ def _live(make: Callable[[int], nn.Module], size: tuple[int, int, int]) -> int:
 
 
 def _outcome(module: nn.Module, trial: Trial, size: tuple[int, int, int]) -> Outcome:
-    generator = torch.Generator().manual_seed(1)
-    kind: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
-    leaf = torch.randn(trial.batch, *size, **kind) + torch.randn(trial.batch, size[0], 1, 1, **kind)
+    kind: dict[str, Any] = {"generator": torch.Generator().manual_seed(1), "dtype": torch.float64}
+    channels, height, width = size if trial.size is None else (size[0], *trial.size)
+    leaf = torch.randn(trial.batch, channels, height, width, **kind) + torch.randn(trial.batch, channels, 1, 1, **kind)
+    leaf = leaf.to(trial.dtype)
     if trial.channels_last:
         leaf = leaf.contiguous(memory_format=torch.channels_last)
     leaf.requires_grad_(trial.input_needs_gradient)
-    module.train(trial.training)
+    module.train(trial.training).to(trial.dtype)
     module.zero_grad()
     seed_all(2)
     with trial.context():
@@ -122,13 +140,16 @@ def _outcome(module: nn.Module, trial: Trial, size: tuple[int, int, int]) -> Out
         if not isinstance(y, Tensor):
             raise Left(f"its output is a {type(y).__name__}")
     if y.requires_grad:
-        y.backward(torch.randn(y.shape, **kind))
+        y.backward(torch.randn(y.shape, **kind).to(y.dtype))
     gradients = {"its input": leaf.grad, **{name: p.grad for name, p in module.named_parameters()}}
     gradients["its output"] = y.detach() if y.requires_grad else None
-    buffers = dict(module.named_buffers())
-    attributes = {}
+    buffers: dict[str, Tensor | None] = dict(module.named_buffers())
+    attributes: dict[str, Any] = {}
     for path, child in module.named_modules():
-        attributes |= {f"{path}.{name}": value for name, value in attributes_of(child, path)}
+        try:
+            attributes |= {f"{path}.{name}": value for name, value in attributes_of(child, path)}
+        except Unread as reason:
+            raise Left(str(reason)) from None
     return Outcome(y.detach(), x.detach(), gradients, buffers, attributes, drawn(), _shares(x, y))
 
 
@@ -150,6 +171,11 @@ def _differences(found: Outcome, wanted: Outcome) -> Iterator[str]:
     for name, buffer in wanted.buffers.items():
         if (error := _error(found.buffers.get(name), buffer)) is not None:
             yield f"replaced, {name} would differ: {error}"
+
+
+def _differences_of_type(found: Outcome, wanted: Outcome) -> Iterator[str]:
+    if found.output.dtype != wanted.output.dtype:
+        yield f"replaced, its output would be {found.output.dtype}, not {wanted.output.dtype}"
 
 
 def _error(found: Tensor | None, wanted: Tensor | None) -> str | None:

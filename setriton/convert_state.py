@@ -1,8 +1,8 @@
 """What a forward can read of a module besides its input: classes, attributes, which layers and tensors there are."""
 
 import enum
-import functools
 import types
+from collections import OrderedDict
 from collections.abc import Container, Iterator
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from .stock import is_stock, must_call, why_called
 
-_OF_MODULE = frozenset(vars(nn.Module())) | {"forward"}
+OF_MODULE = frozenset(vars(nn.Module()))
 _SIMPLE = (
     bool, int, float, complex, str, bytes, types.NoneType, enum.Enum, type, torch.dtype, torch.device, torch.layout,
     torch.memory_format, types.FunctionType, types.BuiltinFunctionType,
@@ -21,6 +21,10 @@ _MISSING = object()
 
 class Left(Exception):
     """What looks like an SE block or its tail cannot be replaced; the message says why."""
+
+
+class Unread(Left):
+    """A module cannot be looked into, so that what it computes is not known."""
 
 
 class Read(NamedTuple):
@@ -48,11 +52,11 @@ def freeze(value: Any) -> Any:
     """
     if isinstance(value, _SIMPLE):
         return value
-    if isinstance(value, tuple | list):
+    if type(value) in (tuple, list, torch.Size):
         return tuple(map(freeze, value))
-    if isinstance(value, set | frozenset):
+    if type(value) in (set, frozenset):
         return frozenset(map(freeze, value))
-    if isinstance(value, dict):
+    if type(value) in (dict, OrderedDict):
         return tuple((freeze(key), freeze(item)) for key, item in value.items())
     raise TypeError(type(value).__name__)
 
@@ -67,16 +71,16 @@ def attributes_of(module: nn.Module, path: str) -> tuple[tuple[str, Any], ...]:
     """What a module holds besides children, parameters, buffers and its mode, frozen.
 
     Raises:
-        Left: something that cannot be frozen.
+        Unread: something that cannot be frozen.
     """
     found = []
     for name, value in vars(module).items():
-        if name in _OF_MODULE or _is_process_group(name, value):
+        if name in OF_MODULE or name == "forward" or _is_process_group(name, value):
             continue
         try:
             found.append((name, freeze(value)))
         except TypeError as error:
-            raise Left(f"{path or 'it'} holds {name}, in it a {error}, whose changes would not be seen") from None
+            raise Unread(f"{path or 'it'} holds {name}, in it a {error}, whose changes would not be seen") from None
     return tuple(found)
 
 
@@ -125,7 +129,9 @@ def why_changed(module: nn.Module, reads: tuple[Read, ...], x: Any) -> str:
         return "it is traced by torch.fx" if isinstance(x, torch.fx.Proxy) else "hooks are registered for all modules"
     for path, kind, attributes, _, _ in reads:
         name = ".".join(path)
-        child = functools.reduce(lambda found, part: found and found._modules.get(part), path, module)
+        child: Any = module
+        for part in path:
+            child = child and child._modules.get(part)
         if child is None:
             return f"{name} is gone"
         if path and (reason := why_called(child, kind)) is not None:
@@ -140,7 +146,7 @@ def fingerprint(module: nn.Module) -> tuple[Any, ...]:
     """Equal for two modules whose forwards compute the same of the same tensors.
 
     Raises:
-        Left: a module holds what cannot be compared.
+        Unread: a module holds what cannot be compared.
     """
     seen: dict[int, int] = {}
 
@@ -188,10 +194,11 @@ def _absent(module: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, value in found.items() if value is None)
 
 
-def _integers(tensor: torch.Tensor) -> tuple[int, ...] | None:
+def _integers(tensor: torch.Tensor) -> Any:
+    """The numbers of an index or a mask, which copies keep; of a large one that it is none but itself."""
     if tensor.is_floating_point() or tensor.is_complex() or tensor.is_meta:
         return None
-    return tuple(tensor.detach().flatten().tolist())
+    return tuple(tensor.detach().flatten().tolist()) if tensor.numel() <= 64 else id(tensor)
 
 
 def _is_process_group(name: str, value: object) -> bool:

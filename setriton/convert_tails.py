@@ -144,7 +144,9 @@ def _prove(block: nn.Module, plan: Plan, called: set[str]) -> None:
     ]
     widths = [getattr(child, "in_channels", getattr(child, "num_features", None)) for child in block.modules()]
     channels = dict.fromkeys(width for width in widths if isinstance(width, int))
-    require_same(lambda seed: twin(block, seed, convolutions), lambda copied: fuse(copied, plan.graph, None), channels)
+    require_same(
+        lambda seed: twin(block, seed, convolutions), lambda copied: fuse(copied, plan.graph, None), channels, False
+    )
 
 
 class BlockReader:

@@ -18,7 +18,7 @@ from .convert_code import require_own
 from .convert_copy import twin
 from .convert_fused import fuse
 from .convert_proof import require_same
-from .convert_state import Left, Read, reads_of
+from .convert_state import Left, Read, Unread, reads_of
 from .functional import squeeze_excite
 from .modules import SqueezeExcite
 from .reference import ACTS
@@ -87,39 +87,30 @@ def looks_like_se(module: nn.Module) -> bool:
     """Whether it is worth reading a module: by its name, or two layers the second of which undoes the first's shape."""
     if isinstance(module, torch.jit.ScriptModule | GraphModule) or any(map(is_lazy, module.parameters())):
         return False
-    return _is_named_so(module) or _has_two_layers(module)
+    return is_named_se(module) or _has_two_layers(module)
 
 
-def read_squeeze_excite(module: nn.Module) -> Plan | None:
+def read_squeeze_excite(module: nn.Module) -> Plan:
     """What a module amounts to: a call of `squeeze_excite`, proved to do what the module does.
 
     Args:
         module: `looks_like_se`.
 
-    Returns:
-        None where the module is no SE block and does not have the name of one.
-
     Raises:
-        Left: it looks like one, and is another thing or cannot be replaced.
+        Unread: it cannot be read, or is another thing.
+        Left: it is one, and cannot be replaced.
     """
     if isinstance(module, SqueezeExcite) and type(module).forward is SqueezeExcite.forward:
         return Plan(_graph_of_ours(module), reads_of(module, ()))
-    try:
-        require_own(module)
-        graph = _graph(_trace(module))
-    except Left as reason:
-        if _is_named_so(module) or not isinstance(reason, _Untraceable):
-            raise
-        return None
+    require_own(module)
+    graph = _graph(_trace(module))
     if graph is None:
-        if _is_named_so(module):
-            raise Left("not recognized as an SE block")
-        return None
+        raise Unread("not recognized as an SE block")
     if "forward" in vars(module):
         raise Left("it has a forward of its own")
     require_not_called((path, child) for path, child in module.named_modules() if path)
     plan = Plan(graph, reads_of(module, ()))
-    require_same(lambda seed: twin(module, seed), lambda copied: fuse(copied, graph, None), _widths(module))
+    require_same(lambda seed: twin(module, seed), lambda copied: fuse(copied, graph, None), _widths(module), True)
     return plan
 
 
@@ -127,16 +118,14 @@ def require_not_called(modules: Iterable[tuple[str, nn.Module]]) -> None:
     """Left where one of the modules, which a fused forward does not call, has to be called."""
     for path, module in modules:
         if (reason := why_called(module, type(module))) is not None:
-            raise Left(f"{path} {reason.removeprefix('it ')}" if reason.startswith("it ") else f"{path}: {reason}")
+            raise Left(
+                f"{path} {reason.replace('with', 'has', 1)}" if reason.startswith("with ") else f"{path}: {reason}"
+            )
 
 
 def first_line(error: Exception) -> str:
     """Of an error's message, without what torch.fx adds below."""
     return str(error).partition("\n")[0]
-
-
-class _Untraceable(Left):
-    pass
 
 
 def _trace(module: nn.Module) -> GraphModule:
@@ -148,18 +137,19 @@ def _trace(module: nn.Module) -> GraphModule:
         try:
             graph = BlockTracer().trace(copied)
         except Exception as error:
-            raise _Untraceable(f"cannot be traced: {first_line(error)}") from error
+            raise Unread(f"cannot be traced: {first_line(error)}") from error
         for _, child, saved in before:
             has = vars(child)
             if names := [name for name in {**saved, **has} if saved.get(name, before) is not has.get(name, before)]:
-                raise _Untraceable(f"its forward sets {', '.join(names)}")
+                raise Unread(f"its forward sets {', '.join(names)}")
         traced.append((copied, graph))
     if str(traced[0][1]) != str(traced[1][1]):
-        raise _Untraceable("not the same in training and in evaluation")
+        raise Unread("not the same in training and in evaluation")
     return GraphModule(*traced[1])
 
 
-def _is_named_so(module: nn.Module) -> bool:
+def is_named_se(module: nn.Module) -> bool:
+    """Whether a module bears the name of an SE block."""
     return any(_NAMED_SE.search(kind.__name__) for kind in type(module).__mro__)
 
 

@@ -19,7 +19,7 @@ from .convert_state import OF_MODULE, Left, Unread
 _PURE_MODULES = {"math", "operator", "typing", "collections", "functools", "itertools"}
 _PURE_BUILTINS = {
     "abs", "all", "any", "bool", "callable", "complex", "dict", "divmod", "enumerate", "filter", "float", "frozenset",
-    "hasattr", "int", "isinstance", "issubclass", "len", "list", "map", "max", "min", "pow", "range", "repr",
+    "getattr", "hasattr", "int", "isinstance", "issubclass", "len", "list", "map", "max", "min", "pow", "range", "repr",
     "reversed", "round", "set", "slice", "sorted", "str", "sum", "super", "tuple", "type", "zip", "property",
     "NotImplemented", "Ellipsis", "__debug__",
 }  # fmt: skip
@@ -103,13 +103,14 @@ class _Reader:
         for code in _codes(function.__code__):
             instructions = list(dis.get_instructions(code))
             names = frozenset(i.argval for i in instructions if "ATTR" in i.opname or "METHOD" in i.opname)
+            for i, instruction in enumerate(instructions):
+                if instruction.opname == "LOAD_GLOBAL" and instruction.argval == "getattr":
+                    names |= _named(instructions[i + 1 : i + 3])
             for name in names:
                 if isinstance(name, str):
                     self.read_method(module, name)
-            before = None
-            for instruction in instructions:
+            for before, instruction in zip([None, *instructions], instructions, strict=False):
                 self._read_instruction(module, function, cells, instruction, before, names)
-                before = instruction
 
     def _read_instruction(
         self,
@@ -150,6 +151,18 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _codes(constant)
+
+
+def _named(arguments: list[dis.Instruction]) -> set[str]:
+    """The name that getattr is given.
+
+    Raises:
+        Left: it is computed.
+    """
+    name = arguments[-1].argval if arguments and arguments[-1].opname == "LOAD_CONST" else None
+    if not isinstance(name, str):
+        raise Left("computes the name of an attribute")
+    return {name}
 
 
 def _is_pure(name: str) -> bool:

@@ -111,7 +111,8 @@ def is_as_read(module: nn.Module, reads: tuple[Read, ...], x: Any) -> bool:
         if attributes is not None:
             has = child.__dict__
             for name, value in attributes:
-                if name not in has or not _is_same(has[name], value):
+                found = has.get(name, _MISSING)
+                if found is not value and not _is_same(found, value):
                     return False
         layers = child._modules
         for name in present:
@@ -211,6 +212,8 @@ def _is_read_at_call(module: nn.Module) -> bool:
 
 
 def _is_same(value: Any, frozen: Any) -> bool:
+    if type(value) is tuple and value == frozen:
+        return True
     if isinstance(value, _SIMPLE):
         return bool(value == frozen)
     try:

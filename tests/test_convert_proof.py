@@ -37,6 +37,8 @@ class SEBlock(nn.Module):
 
 
 class Counting(SEBlock):
+    n: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("n", torch.zeros((), dtype=torch.int64))
@@ -375,7 +377,7 @@ def change_act(module: nn.Module) -> None:
 
 
 def add_hook(module: nn.Module) -> None:
-    module.get_submodule("3").fc1.register_forward_hook(lambda _m, _a, y: 2 * y)
+    module.get_submodule("3.fc1").register_forward_hook(lambda _m, _a, y: 2 * y)
 
 
 def add_pre_hook(module: nn.Module) -> None:
@@ -446,7 +448,7 @@ def test_shared_modules_and_tied_weights() -> None:
     model = randomized(nn.Sequential(*blocks))
     twin = copy.deepcopy(model)
     assert set(accelerate(model).replaced) == {"0.se"}
-    assert model[0].se is model[1].se
+    assert blocks[0].se is blocks[1].se
     assert_same(model, twin, torch.randn(2, 8, 5, 5, dtype=torch.float64))
 
 
@@ -455,7 +457,7 @@ def test_compiled_children() -> None:
     block = randomized(BasicBlock(8, 8, attn_layer=SEModule))
     twin = copy.deepcopy(block)
     block.conv1 = torch.compile(block.conv1, backend="eager")
-    block.se.fc1.compile(backend="eager")
+    block.get_submodule("se.fc1").compile(backend="eager")
     report = accelerate(block)
     assert report.replaced == {}
     assert "compiled" in report.left["se"]

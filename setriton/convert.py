@@ -45,15 +45,18 @@ class Report:
 def accelerate(model: nn.Module) -> Report:
     """Replace the SE blocks of a network by fused ones, in place.
 
-    An SE module is known by what it computes, read by symbolic tracing: timm's, torchvision's and transformers', and
-    others written alike. Where the block around it is of a class known here (timm's and transformers' blocks, and
-    nn.Sequential, of which torchvision's are made), its whole tail becomes one call: BN, activation, SE, the sum with
-    the residual, ReLU. In other classes SE alone does, and the report says so.
+    An SE module is known by what it computes: timm's, torchvision's and transformers', and others written alike. Where
+    the block around it is of a class known here (timm's and transformers' blocks, and nn.Sequential, of which
+    torchvision's are made), its whole tail becomes one call: BN, activation, SE, the sum with the residual, ReLU. In
+    other classes SE alone does, and the report says so.
+
+    The model is not run. Copies of each module and of its replacement are, on small random inputs, and where they
+    differ in anything (outputs, inputs afterwards, gradients, buffers, attributes, random numbers) the module is left.
 
     Modules, parameters and the state dict stay what and where they are; some modules get a class derived from their
-    own, so that an optimizer made before goes on and copies and pickles of the model are fused as well. The children
-    that a fused forward does without are no longer called: what has hooks is left and reported, but hooks registered
-    later do not run, and an activation exchanged later is not noticed. `restore` first, then change the model.
+    own, so that an optimizer made before goes on and copies and pickles of the model are fused as well. What is done
+    later to a layer that a fused forward does without (a hook, pruning, an adapter, another activation) takes effect:
+    the module's own forward runs then, which is said once.
 
     Args:
         model: the network. A block that is already fused stays so.

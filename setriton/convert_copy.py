@@ -13,6 +13,8 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as _module
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .convert_state import Unread
 
@@ -73,6 +75,8 @@ def undisturbed() -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
+            stack.enter_context(_without_global_hooks())
+            stack.enter_context(_disable_current_modes())  # such as one that counts operations
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.autocast("cpu", enabled=False))
@@ -86,6 +90,20 @@ def undisturbed() -> Iterator[None]:
             numpy.random.set_state(states[2])
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)
+
+
+@contextmanager
+def _without_global_hooks() -> Iterator[None]:
+    """Hooks on all modules are not to see copies."""
+    found = [hooks for name, hooks in vars(_module).items() if name.startswith("_global_") and isinstance(hooks, dict)]
+    before = [dict(hooks) for hooks in found]
+    try:
+        for hooks in found:
+            hooks.clear()
+        yield
+    finally:
+        for hooks, saved in zip(found, before, strict=True):
+            hooks.update(saved)
 
 
 def seed_all(seed: int) -> None:

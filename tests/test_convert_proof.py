@@ -13,6 +13,9 @@ from same_step import assert_same, randomized, tail
 from timm.layers import DropPath, SEModule
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import prune
+from torch.utils.flop_counter import FlopCounterMode
 
 from setriton.convert import accelerate
 
@@ -384,7 +387,11 @@ def add_pre_hook(module: nn.Module) -> None:
     module.get_submodule("1").register_forward_pre_hook(lambda _m, args: (args[0] + 1,))
 
 
-@pytest.mark.parametrize("change", [change_act, add_hook, add_pre_hook])
+def prune_weight(module: nn.Module) -> None:
+    prune.l1_unstructured(module.get_submodule("3.fc1"), "weight", 0.5)
+
+
+@pytest.mark.parametrize("change", [change_act, add_hook, add_pre_hook, prune_weight])
 def test_what_is_changed_later_takes_effect(change: Callable[[nn.Module], None]) -> None:
     model = randomized(tail(SEModule(8, rd_channels=4), nn.ReLU()))
     twin, x = copy.deepcopy(model), torch.randn(2, 3, 6, 6, dtype=torch.float64)
@@ -439,6 +446,27 @@ def test_any_mode_of_the_caller(where: Callable[[], Any]) -> None:
     model = BasicBlock(8, 8, attn_layer=SEModule)
     with where():
         assert accelerate(model).replaced == {"se": "bn_se+add+relu"}
+
+
+def test_hooks_on_all_modules_see_no_copies() -> None:
+    calls: list[str] = []
+    hook = nn.modules.module.register_module_forward_hook(lambda module, *_: calls.append(type(module).__name__))
+    try:
+        model = SEModule(8)
+        assert accelerate(model).replaced == {"": "se"}
+        assert calls == []
+        model(torch.randn(1, 8, 3, 3))
+        assert "Conv2d" in calls
+    finally:
+        hook.remove()
+
+
+def test_modes_of_the_caller_see_nothing() -> None:
+    with FlopCounterMode(display=False) as counter:
+        assert accelerate(SEModule(8)).replaced == {"": "se"}
+    assert counter.get_total_flops() == 0
+    with FakeTensorMode():
+        assert accelerate(SEModule(8)).replaced == {"": "se"}
 
 
 def test_shared_modules_and_tied_weights() -> None:

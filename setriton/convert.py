@@ -5,20 +5,19 @@ buffers, children, hooks and attributes are not touched, and `restore` gives the
 """
 
 import functools
-import linecache
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 from torch import nn
-from torch.fx import Graph, Node
 
 from .compile.report import table
-from .convert_tails import BlockReader, is_known
-from .convert_trace import Left, read_squeeze_excite
+from .convert_copy import undisturbed
+from .convert_fused import Fused, fuse
+from .convert_state import Left, Unread, fingerprint
+from .convert_tails import is_known, read_tails
+from .convert_trace import Plan, is_named_se, looks_like_se, read_squeeze_excite
 from .modules import SqueezeExcite
-
-_Functions = frozenset[tuple[str, Callable[..., Any]]]
 
 
 @dataclass
@@ -46,15 +45,18 @@ class Report:
 def accelerate(model: nn.Module) -> Report:
     """Replace the SE blocks of a network by fused ones, in place.
 
-    An SE module is known by what it computes, read by symbolic tracing: timm's, torchvision's and transformers', and
-    others written alike. Where the block around it is of a class known here (timm's and transformers' blocks, and
-    nn.Sequential, of which torchvision's are made), its whole tail becomes one call: BN, activation, SE, the sum with
-    the residual, ReLU. In other classes SE alone does, and the report says so.
+    An SE module is known by what it computes: timm's, torchvision's and transformers', and others written alike. Where
+    the block around it is of a class known here (timm's and transformers' blocks, and nn.Sequential, of which
+    torchvision's are made), its whole tail becomes one call: BN, activation, SE, the sum with the residual, ReLU. In
+    other classes SE alone does, and the report says so.
+
+    The model is not run. Copies of each module and of its replacement are, on small random inputs, and where they
+    differ in anything (outputs, inputs afterwards, gradients, buffers, attributes, random numbers) the module is left.
 
     Modules, parameters and the state dict stay what and where they are; some modules get a class derived from their
-    own, so that an optimizer made before goes on and copies and pickles of the model are fused as well. The children
-    that a fused forward does without are no longer called: what has hooks is left and reported, but hooks registered
-    later do not run, and an activation exchanged later is not noticed. `restore` first, then change the model.
+    own, so that an optimizer made before goes on and copies and pickles of the model are fused as well. What is done
+    later to a layer that a fused forward does without (a hook, pruning, an adapter, another activation) takes effect:
+    the module's own forward runs then, which is said once.
 
     Args:
         model: the network. A block that is already fused stays so.
@@ -68,13 +70,17 @@ def accelerate(model: nn.Module) -> Report:
     _check_model(model)
     report = Report()
     modules = dict(model.named_modules())
-    calls = _find_se(modules, report)
-    tails = _fuse_tails(modules, calls, report)
-    for path, call in calls.items():
+    with undisturbed():
+        reader = _Reader(modules, report)
+        calls = reader.find_se()
+        tails = reader.find_tails(calls)
+    kinds = {f"{path}.{name}".strip("."): kind for path, plan in tails.items() for name, kind in plan.kinds.items()}
+    for path, plan in (*calls.items(), *tails.items()):
         if not isinstance(modules[path], SqueezeExcite):
-            _fuse(modules[path], call.graph)
-            tails.setdefault(path, "se")
-    report.replaced = {path: tails[path] for path in modules if path in tails}
+            fuse(modules[path], plan.graph, plan.reads)
+            if path in calls:
+                kinds.setdefault(path, "se")
+    report.replaced = {path: kinds[path] for path in modules if path in kinds}
     report.left = {path: report.left[path] for path in modules if path in report.left}
     return report
 
@@ -99,117 +105,81 @@ def restore(model: nn.Module) -> None:
         cast(Any, module).__class__ = type(module).recipe[0]
 
 
-class Fused:
-    """Mixed into the class of a module to give it a fused forward.
-
-    Attributes:
-        recipe: what the class is made of: the class before, and the other arguments of `_fused_class`.
-    """
-
-    recipe: ClassVar[tuple[type, str, _Functions]]
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # What is made from here, such as a slice of an nn.Sequential, has not the children that this forward calls.
-        module = cast(Any, self)
-        module.__class__ = type(self).recipe[0]
-        module.__init__(*args, **kwargs)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _rebuild, type(self).recipe, self.__getstate__()
-
-
 def _check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
 
 
-def _find_se(modules: dict[str, nn.Module], report: Report) -> dict[str, Node]:
-    """The SE modules by path, as calls of `squeeze_excite`; what looks like one is noted as left."""
-    found: dict[str, Node] = {}
-    around: set[str] = set()
-    for path, module in reversed(modules.items()):
-        if path in around:
-            continue
-        try:
-            if isinstance(module, Fused):
-                raise Left("already accelerated")
-            call = read_squeeze_excite(module)
-        except Left as reason:
-            report.left[path] = str(reason)
-        else:
-            if call is None:
+class _Reader:
+    """Finds what can be fused; modules of equal fingerprints are read and proved once."""
+
+    def __init__(self, modules: dict[str, nn.Module], report: Report) -> None:
+        self.modules = modules
+        self.report = report
+        self.known: dict[Any, Plan | Left] = {}
+
+    def find_se(self) -> dict[str, Plan]:
+        """The SE modules by path, as calls of `squeeze_excite`; what looks like one is noted as left."""
+        found: dict[str, Plan] = {}
+        around: set[str] = set()
+        for path, module in reversed(self.modules.items()):
+            if path in around:
                 continue
-            found[path] = call
-        parts = path.split(".")
-        around |= {".".join(parts[:count]) for count in range(len(parts))}
-    return found
-
-
-def _fuse_tails(modules: dict[str, nn.Module], calls: dict[str, Node], report: Report) -> dict[str, str]:
-    """Fuse the blocks around SE modules; the kinds of their tails by path."""
-    children: dict[str, list[str]] = {}
-    for path in calls:
-        if path:
-            parent, _, name = path.rpartition(".")
-            children.setdefault(parent, []).append(name)
-    kinds: dict[str, str] = {}
-    for parent, names in children.items():
-        block, paths = modules[parent], {name: f"{parent}.{name}".strip(".") for name in names}
-        if not is_known(block):
-            note = f"no tail is looked for in {type(block).__name__}: torch.compile(backend='setriton') does"
-            report.left |= {path: note for path in paths.values() if not isinstance(modules[path], SqueezeExcite)}
-            continue
-        try:
-            if "forward" in vars(block):
-                raise Left(f"{parent or 'the model'} has a forward of its own")
-            reader = BlockReader(block, {name: calls[path] for name, path in paths.items()})
-        except Left as reason:
-            report.left |= dict.fromkeys(paths.values(), str(reason))
-            continue
-        for name, path in paths.items():
             try:
-                tail = reader.find(name)
+                if isinstance(module, Fused):
+                    raise Left("already accelerated")
+                if not looks_like_se(module):
+                    continue
+                plan = self._once(module, "se", functools.partial(read_squeeze_excite, module))
             except Left as reason:
-                report.left[path] = str(reason)
+                if isinstance(reason, Unread) and not is_named_se(module):
+                    continue  # nothing says that it is one
+                self.report.left[path] = str(reason)
             else:
-                if tail is not None:
-                    reader.replace(tail, name)
-                    kinds[path] = tail.kind
-        if kinds.keys() & paths.values():
-            _fuse(block, reader.graph)
-    return kinds
+                found[path] = plan
+            parts = path.split(".")
+            around |= {".".join(parts[:count]) for count in range(len(parts))}
+        return found
 
+    def find_tails(self, calls: dict[str, Plan]) -> dict[str, Plan]:
+        """The blocks around SE modules whose tails can be fused."""
+        children: dict[str, list[str]] = {}
+        for path in calls:
+            if path:
+                parent, _, name = path.rpartition(".")
+                children.setdefault(parent, []).append(name)
+        found: dict[str, Plan] = {}
+        for parent, names in children.items():
+            block, paths = self.modules[parent], {name: f"{parent}.{name}".strip(".") for name in names}
+            if not is_known(block):
+                note = f"no tail is looked for in {type(block).__name__}: torch.compile(backend='setriton') does"
+                self._leave(paths.values(), note)
+                continue
+            try:
+                if "forward" in vars(block):
+                    raise Left(f"{parent or 'the model'} has a forward of its own")
+                inner = {name: calls[path] for name, path in paths.items()}
+                plan = self._once(block, "tail", functools.partial(read_tails, block, inner))
+            except Left as reason:
+                self.report.left |= dict.fromkeys(paths.values(), str(reason))
+                continue
+            self.report.left |= {paths[name]: reason for name, reason in plan.left.items()}
+            if plan.kinds:
+                found[parent] = plan
+        return found
 
-def _fuse(module: nn.Module, graph: Graph) -> None:
-    """Give a module the forward that a graph of its parameters and children is."""
-    for node in graph.nodes:
-        node.type = None  # an annotation's name would have to be found again when a pickle is read
-    code = graph.python_code("self")
-    known = _fx_globals()
-    functions = frozenset((name, value) for name, value in code.globals.items() if name not in known)
-    original: Any = type(module)
-    module.__class__ = _fused_class(original, code.src, functions)
+    def _leave(self, paths: Iterable[str], note: str) -> None:
+        self.report.left |= {path: note for path in paths if not isinstance(self.modules[path], SqueezeExcite)}
 
-
-@functools.cache
-def _fused_class(original: type, source: str, functions: _Functions) -> type:
-    """`original` with the forward in `source`, which calls `functions`; one class for all modules with the same."""
-    name = f"Fused{original.__name__}"
-    filename = f"<setriton {name} {len(linecache.cache)}>"
-    linecache.cache[filename] = len(source), None, source.splitlines(keepends=True), filename
-    # Without a __name__: Dynamo of torch 2.11 would look for these globals in the module of that name.
-    scope = {**_fx_globals(), **dict(functions)}
-    exec(compile(source, filename, "exec"), scope)
-    members = {"forward": scope["forward"], "recipe": (original, source, functions), "__module__": original.__module__}
-    return type(name, (Fused, original), members)
-
-
-def _rebuild(*recipe: Any) -> object:
-    """A module of a fused class, without its state."""
-    fused: Any = _fused_class(*recipe)
-    return fused.__new__(fused)
-
-
-def _fx_globals() -> dict[str, Any]:
-    """What every generated forward may name: torch and a few constants."""
-    return Graph().python_code("self").globals
+    def _once(self, module: nn.Module, what: str, read: Callable[[], Plan]) -> Plan:
+        """What `read` finds out about a module, or did about one like it."""
+        key = what, fingerprint(module)
+        if key not in self.known:
+            try:
+                self.known[key] = read()
+            except Left as reason:
+                self.known[key] = reason
+        found = self.known[key]
+        if isinstance(found, Left):
+            raise found
+        return found

@@ -9,9 +9,15 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from .compile.spelling import changes, read
-from .convert_trace import BlockTracer, Left, first_line, plain_function, require_not_called, why_called
+from .convert_code import require_own
+from .convert_copy import cheap_to_replace, twin
+from .convert_fused import fuse
+from .convert_proof import require_same
+from .convert_state import Left, reads_of
+from .convert_trace import BlockTracer, Plan, first_line, plain_function, require_not_called
 from .modules import SqueezeExcite, bn_se_forward
 from .reference import BN_ACTS
+from .stock import why_called
 
 # Classes whose forward calls the same children in the same order, whatever the input and the mode.
 _BLOCKS = {
@@ -100,18 +106,62 @@ class Tail:
         return base + "+add" * (self.residual is not None) + "+relu" * (self.out_act == "relu")
 
 
+def read_tails(block: nn.Module, plans: Mapping[str, Plan]) -> Plan:
+    """A block with the tails of its SE children as one call each, proved to do what the block does.
+
+    Args:
+        block: the module, `is_known`.
+        plans: its SE children by name, as `read_squeeze_excite` reads them.
+
+    Raises:
+        Left: there can be no such block.
+    """
+    require_own(block)
+    reader = BlockReader(block, {name: plan.call for name, plan in plans.items()})
+    kinds, left = {}, {}
+    for name in plans:
+        try:
+            found = reader.find(name)
+        except Left as reason:
+            left[name] = str(reason)
+        else:
+            if found is not None:
+                reader.replace(found, name)
+                kinds[name] = found.kind
+    called = {str(node.target) for node in reader.graph.nodes if node.op == "call_module"}
+    plan = Plan(reader.graph, reads_of(block, called), kinds, left)
+    if kinds:
+        _prove(block, plan, called)
+    return plan
+
+
+def _prove(block: nn.Module, plan: Plan, called: set[str]) -> None:
+    """Left unless the block does what the plan does; of what both call, convolutions do not matter."""
+    convolutions = [
+        child
+        for path, child in block.named_modules()
+        if cheap_to_replace(child) and any(f"{path}.".startswith(f"{name}.") for name in called)
+    ]
+    widths = [getattr(child, "in_channels", getattr(child, "num_features", None)) for child in block.modules()]
+    channels = dict.fromkeys(width for width in widths if isinstance(width, int))
+    require_same(
+        lambda seed: twin(block, seed, convolutions), lambda copied: fuse(copied, plan.graph, None), channels, False
+    )
+
+
 class BlockReader:
     """The calls of a block's children as a graph, in which tails are found and replaced.
 
     Args:
-        block: the module, `is_known`.
-        calls: its SE children by name, as `read_squeeze_excite` reads them.
+        block: the module, `is_known`; a copy is traced.
+        calls: its SE children by name, as calls of `squeeze_excite`.
     """
 
     def __init__(self, block: nn.Module, calls: Mapping[str, Node]) -> None:
         self.modules = dict(block.named_modules())
         self.calls = calls
-        self.graph = self._trace(block)
+        self.functions: dict[nn.Module, str | None] = {}
+        self.graph = self._trace(twin(block, stand_ins=[child for child in block.modules() if cheap_to_replace(child)]))
 
     def find(self, name: str) -> Tail | None:
         """The tail of the SE child `name`; None where there is no BN before it.
@@ -154,7 +204,7 @@ class BlockReader:
             containers = {
                 str(node.target)
                 for node in sources
-                if (module := self._container(node)) is not None and why_called(module) is None
+                if (module := self._container(node)) is not None and why_called(module, type(module)) is None
             }
             if not containers:
                 return graph
@@ -165,7 +215,9 @@ class BlockReader:
         if not self._is_batch_norm(norm):
             self._explain(norm)
             return None
-        acts = [plain_function(child) or type(child).__name__ for child in self.modules[str(norm.target)].children()]
+        acts = [
+            self._plain_function(child) or type(child).__name__ for child in self.modules[str(norm.target)].children()
+        ]
         acts += [found[0] for node in between if (found := self._function(node)) is not None]
         acts = [name for name in acts if name != "identity"] or ["identity"]
         if len(acts) > 1 or acts[0] not in BN_ACTS:
@@ -206,10 +258,15 @@ class BlockReader:
     def _function(self, node: Node) -> tuple[str, Node] | None:
         """Name and input of a function that is applied as a module or plainly."""
         module = self._module(node)
-        name = read(node).name if module is None else plain_function(module)
+        name = read(node).name if module is None else self._plain_function(module)
         is_plain = module is not None or name in BN_ACTS
         source = node.args[0] if node.args else None
         return (name, source) if name and is_plain and isinstance(source, Node) else None
+
+    def _plain_function(self, module: nn.Module) -> str | None:
+        if module not in self.functions:
+            self.functions[module] = plain_function(module)
+        return self.functions[module]
 
     def _module(self, node: Node) -> nn.Module | None:
         return self.modules[str(node.target)] if node.op == "call_module" else None

@@ -1,9 +1,9 @@
 """Modules read by symbolic tracing: which are SE blocks, and which are plain functions."""
 
 import re
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,20 +11,44 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Interpreter, Node, Tracer
 from torch.nn.parameter import is_lazy
 
+from .compile.report import Match
 from .compile.rewrite import rewrite
 from .compile.spelling import read
+from .convert_code import require_own
+from .convert_copy import twin
+from .convert_fused import fuse
+from .convert_proof import require_same
+from .convert_state import Left, Read, Unread, reads_of
 from .functional import squeeze_excite
 from .modules import SqueezeExcite
 from .reference import ACTS
+from .stock import why_called
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _NAMED_SE = re.compile(r"^SE$|SE(Block|Layer|Module|Unit)$|Squeeze(And)?Exc")
 # Two weights, two biases, and those of a normalization for each layer.
 _MOST_PARAMETERS = 8
 
 
-class Left(Exception):
-    """What looks like an SE block or its tail cannot be replaced; the message says why."""
+@dataclass
+class Plan:
+    """What a module is to become.
+
+    Attributes:
+        graph: its new forward, of the parameters and children at their paths in it.
+        reads: what that takes for granted.
+        kinds: of a block: the names of SE modules whose tails are in the graph, and what their tails are.
+        left: of a block: the names of others, and why theirs are not.
+    """
+
+    graph: Graph
+    reads: tuple[Read, ...]
+    kinds: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def call(self) -> Node:
+        """Of an SE module: the call of `squeeze_excite`."""
+        return cast(Node, self.graph.output_node().args[0])
 
 
 class BlockTracer(Tracer):
@@ -51,7 +75,7 @@ def plain_function(module: nn.Module) -> str | None:
     if next(module.parameters(), None) is not None:
         return None
     try:
-        graph = _trace(module)
+        graph = _trace(module).graph
     except Left:
         return None
     if len(graph.nodes) == 2 and graph.output_node().args[0] is next(iter(graph.nodes)):
@@ -59,49 +83,44 @@ def plain_function(module: nn.Module) -> str | None:
     return read(graph.output_node().args[0]).name or None if len(graph.nodes) == 3 else None
 
 
-def read_squeeze_excite(module: nn.Module) -> Node | None:
-    """What a module amounts to: a call of `squeeze_excite`, in a graph whose parameters are paths in the module.
+def looks_like_se(module: nn.Module) -> bool:
+    """Whether it is worth reading a module: by its name, or two layers the second of which undoes the first's shape."""
+    if isinstance(module, torch.jit.ScriptModule | GraphModule) or any(map(is_lazy, module.parameters())):
+        return False
+    return is_named_se(module) or _has_two_layers(module)
 
-    Returns:
-        None where the module does not look like an SE block.
+
+def read_squeeze_excite(module: nn.Module) -> Plan:
+    """What a module amounts to: a call of `squeeze_excite`, proved to do what the module does.
+
+    Args:
+        module: `looks_like_se`.
 
     Raises:
-        Left: it looks like one, and is another thing or cannot be replaced.
+        Unread: it cannot be read, or is another thing.
+        Left: it is one, and cannot be replaced.
     """
-    if isinstance(module, torch.jit.ScriptModule | GraphModule) or any(map(is_lazy, module.parameters())):
-        return None
     if isinstance(module, SqueezeExcite) and type(module).forward is SqueezeExcite.forward:
-        return _call_of_ours(module)
-    is_named_so = any(_NAMED_SE.search(kind.__name__) for kind in type(module).__mro__)
-    if not (is_named_so or _has_two_layers(module)):
-        return None
-    try:
-        call = _call(module, _trace(module))
-    except _Untraceable:
-        if is_named_so:
-            raise
-        return None
-    if call is None and is_named_so:
-        raise Left("not recognized as an SE block")
-    if call is not None:
-        if "forward" in vars(module):
-            raise Left("it has a forward of its own")
-        require_not_called((path, child) for path, child in module.named_modules() if path)
-    return call
+        return Plan(_graph_of_ours(module), reads_of(module, ()))
+    require_own(module)
+    graph = _graph(_trace(module))
+    if graph is None:
+        raise Unread("not recognized as an SE block")
+    if "forward" in vars(module):
+        raise Left("it has a forward of its own")
+    require_not_called((path, child) for path, child in module.named_modules() if path)
+    plan = Plan(graph, reads_of(module, ()))
+    require_same(lambda seed: twin(module, seed), lambda copied: fuse(copied, graph, None), _widths(module), True)
+    return plan
 
 
 def require_not_called(modules: Iterable[tuple[str, nn.Module]]) -> None:
     """Left where one of the modules, which a fused forward does not call, has to be called."""
     for path, module in modules:
-        if (reason := why_called(module)) is not None:
-            raise Left(f"{path} has {reason}")
-
-
-def why_called(module: nn.Module) -> str | None:
-    """What a module has that takes effect only if the module itself is called; None where its class says it all."""
-    if any(getattr(module, name) for name in _HOOKS):
-        return "hooks"
-    return "a forward of its own" if "forward" in vars(module) else None
+        if (reason := why_called(module, type(module))) is not None:
+            raise Left(
+                f"{path} {reason.replace('with', 'has', 1)}" if reason.startswith("with ") else f"{path}: {reason}"
+            )
 
 
 def first_line(error: Exception) -> str:
@@ -109,45 +128,29 @@ def first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
-class _Untraceable(Left):
-    pass
-
-
-def _trace(module: nn.Module) -> Graph:
-    """The graph of a module with all its children inlined, if it is the same in training and in evaluation."""
-    graphs = []
+def _trace(module: nn.Module) -> GraphModule:
+    """A module with all its children inlined, if it is the same in training and in evaluation; a copy is traced."""
+    traced = []
     for training in (True, False):
-        with _borrowed(module, training):
-            try:
-                graphs.append(BlockTracer().trace(module))
-            except Exception as error:
-                raise _Untraceable(f"cannot be traced: {first_line(error)}") from error
-    graph, other = graphs
-    if str(graph) != str(other):
-        raise _Untraceable("not the same in training and in evaluation")
-    return graph
+        copied = twin(module).train(training)
+        before = [(path, child, dict(vars(child))) for path, child in copied.named_modules()]
+        try:
+            graph = BlockTracer().trace(copied)
+        except Exception as error:
+            raise Unread(f"cannot be traced: {first_line(error)}") from error
+        for _, child, saved in before:
+            has = vars(child)
+            if names := [name for name in {**saved, **has} if saved.get(name, before) is not has.get(name, before)]:
+                raise Unread(f"its forward sets {', '.join(names)}")
+        traced.append((copied, graph))
+    if str(traced[0][1]) != str(traced[1][1]):
+        raise Unread("not the same in training and in evaluation")
+    return GraphModule(*traced[1])
 
 
-@contextmanager
-def _borrowed(module: nn.Module, training: bool) -> Iterator[None]:
-    """Set the mode, and give all attributes back as they were.
-
-    Raises:
-        _Untraceable: there are others than before, which a fused forward would not set.
-    """
-    before = [(vars(child), dict(vars(child))) for child in module.modules()]
-    for attributes, _ in before:
-        attributes["training"] = training
-    try:
-        yield
-        for attributes, saved in before:
-            changed = [name for name, value in attributes.items() if saved.get(name, before) is not value]
-            if names := ", ".join(name for name in changed if name != "training"):
-                raise _Untraceable(f"its forward sets {names}")
-    finally:
-        for attributes, saved in before:
-            attributes.clear()
-            attributes.update(saved)
+def is_named_se(module: nn.Module) -> bool:
+    """Whether a module bears the name of an SE block."""
+    return any(_NAMED_SE.search(kind.__name__) for kind in type(module).__mro__)
 
 
 def _has_two_layers(module: nn.Module) -> bool:
@@ -158,28 +161,28 @@ def _has_two_layers(module: nn.Module) -> bool:
     return any(w1 == w2[::-1] for i, w1 in enumerate(shapes) for w2 in shapes[i + 1 :])
 
 
-def _call(module: nn.Module, graph: Graph) -> Node | None:
-    """The call of `squeeze_excite` that the whole graph is rewritten to.
+def _graph(module: GraphModule) -> Graph | None:
+    """The graph of nothing but a call of `squeeze_excite` that a whole graph is rewritten to.
 
     Raises:
         Left: what looks like an SE block in it is none.
     """
-    found = []
+    found: list[Match] = []
     for width in _widths(module):
-        graph_module = GraphModule(module, graph)
-        if _propagate(graph_module, width):
-            found = rewrite(graph_module)
+        if _propagate(module, width):
+            found = rewrite(module)
             break
     for match in found:
         if match.reason is not None:
             raise Left(match.reason)
+    graph = module.graph
     graph.eliminate_dead_code()
     result = graph.output_node().args[0]
     if not isinstance(result, Node) or result.target is not squeeze_excite:
         return None
     x, *weights = result.args
     is_whole = [node for node in graph.nodes if node.op == "placeholder"] == [x] and all(map(_is_parameter, weights))
-    return result if is_whole and result.kwargs["act"] in ACTS else None
+    return graph if is_whole and result.kwargs["act"] in ACTS else None
 
 
 def _widths(module: nn.Module) -> list[int]:
@@ -219,9 +222,10 @@ def _is_parameter(value: Any) -> bool:
     return value.op == "get_attr" or (len(value.all_input_nodes) == 1 and _is_parameter(value.all_input_nodes[0]))
 
 
-def _call_of_ours(module: SqueezeExcite) -> Node:
+def _graph_of_ours(module: SqueezeExcite) -> Graph:
     graph, found = Graph(), dict(module.named_parameters())
     x = graph.placeholder("x")
     names = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
     weights = [graph.get_attr(name) if name in found else None for name in names]
-    return graph.call_function(squeeze_excite, (x, *weights), {"act": module.act, "gate": module.gate})
+    graph.output(graph.call_function(squeeze_excite, (x, *weights), {"act": module.act, "gate": module.gate}))
+    return graph

@@ -1,0 +1,1 @@
+../../setriton/convert_copy.py

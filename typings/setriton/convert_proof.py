@@ -1,0 +1,1 @@
+../../setriton/convert_proof.py

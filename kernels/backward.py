@@ -58,6 +58,8 @@ class Gradients:
 Reduce = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
+import os
+BLOCK_M=int(os.environ.get('BM','32')); EXCITE_MAXNREG=int(os.environ.get('MR','168'))
 def backward(
     dy: Tensor,
     saved: Saved,
@@ -192,8 +194,8 @@ class _Pass:
             squeezed_ptr=self.saved.squeezed, w1_ptr=self.w1, dq_ptr=dq,
             dweight_ptr=gradients.dweight, dbias_ptr=gradients.dbias,
             dw1_ptr=gradients.dw1, db1_ptr=gradients.db1, dw2_ptr=gradients.dw2, db2_ptr=gradients.db2,
-            HW=h * w, tiles_g=tiles_g, SQUEEZED_IS_X=self.n_sums == 2, BLOCK_G=block_g, **self.statistics, **shared,
-            **launch_options(4, EXCITE_MAXNREG),
+            HW=h * w, tiles_g=tiles_g, SQUEEZED_IS_X=self.n_sums == 2, BLOCK_M=BLOCK_M, BLOCK_G=block_g, **self.statistics, **shared,
+            **launch_options(int(os.environ.get("NW","4")), EXCITE_MAXNREG), **({"num_stages":int(os.environ["NS"])} if "NS" in os.environ else {}),
         )  # fmt: skip
         return gradients, dq
 

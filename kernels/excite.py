@@ -210,9 +210,9 @@ def _input_gradients(
 def _weight_gradients(
     block_c, block_r, z1_ptr, squeezed_ptr, dz1_ptr, dz2_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,
     dw1_ptr, db1_ptr, dw2_ptr, db2_ptr,
-    N, C, R, tiles_n, eps,
+    N, C, R, eps,
     SQUEEZED_IS_X: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """A (BLOCK_R, BLOCK_G) tile of dW1 = dz1' q and of dW2' = act(z1)' dz2, and the bias gradients at its edges."""
     offs_c, mask_c = block_offsets(block_c, BLOCK_G, C)
@@ -221,8 +221,8 @@ def _weight_gradients(
     dw2 = tl.zeros((BLOCK_R, BLOCK_G), tl.float32)
     db1 = tl.zeros((BLOCK_R,), tl.float32)
     db2 = tl.zeros((BLOCK_G,), tl.float32)
-    for block_n in range(0, tiles_n):
-        offs_n, mask_n = block_offsets(block_n, BLOCK_N, N)
+    for block_n in range(0, tl.cdiv(N, BLOCK_M)):
+        offs_n, mask_n = block_offsets(block_n, BLOCK_M, N)
         offs = offs_n[None, :].to(tl.int64) * R + offs_r[:, None]
         mask = mask_n[None, :] & mask_r[:, None]
         dz1, z1 = load_vector(dz1_ptr, offs, mask), load_vector(z1_ptr, offs, mask)
@@ -249,7 +249,7 @@ def excite_gradients(
     dq_ptr, dweight_ptr, dbias_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr,
     N, C, HW, R, SPLITS, tiles_n, tiles_r, tiles_g, eps,
     SQUEEZED_IS_X: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """All that follows from dz1, in pieces: first the gradients of the input, the long sums, then those of weights."""
     if index < tiles_g:
@@ -262,5 +262,5 @@ def excite_gradients(
             (index - tiles_g) % tiles_g, (index - tiles_g) // tiles_g,
             z1_ptr, squeezed_ptr, dz1_ptr, dz2_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,
             dw1_ptr, db1_ptr, dw2_ptr, db2_ptr,
-            N, C, R, tiles_n, eps, SQUEEZED_IS_X, ACT, PRECISION, BLOCK_N, BLOCK_R, BLOCK_G,
+            N, C, R, eps, SQUEEZED_IS_X, ACT, PRECISION, BLOCK_M, BLOCK_R, BLOCK_G,
         )  # fmt: skip

@@ -58,6 +58,8 @@ class Gradients:
 Reduce = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
+import os
+BLOCK_M=int(os.environ.get('BM','32')); EXCITE_MAXNREG=int(os.environ.get('MR','168'))
 def backward(
     dy: Tensor,
     saved: Saved,
@@ -91,6 +93,9 @@ def backward(
     with torch.cuda.device_of(x):
         sums = pass_.reduce(dy, dy_skip, g)
         gradients, dq = pass_.excite(sums)
+        if x.numel() == 0:  # as in F.batch_norm, where the excitation's gradients may be NaN
+            gradients.dweight.zero_()
+            gradients.dbias.zero_()
         d1, d2, count = gradients.dbias, gradients.dweight, x.numel() // x.shape[1]
         if reduce is not None and has_statistics:
             (d1, d2), count = reduce(d1, d2, count), 1
@@ -124,6 +129,7 @@ class _Pass:
             **self.affine,
             **self.statistics,
             "N": n,
+            "columns": triton.cdiv(c, config.block_c),
             "SPLITS": self.pieces.splits,
             "IMAGES": self.pieces.images,
             "tiles_per_split": self.pieces.tiles_per_split,
@@ -133,13 +139,15 @@ class _Pass:
             **launch_options(config.num_warps, config.maxnreg),
         }
         # One program owns one piece of the map: whole images or a part of one, and BLOCK_C channels.
-        self.sweep_grid = (self.pieces.count(n) * triton.cdiv(c, config.block_c),)
+        self.sweep_grid = (self.pieces.count(n) * self.sweep["columns"],)
 
     def reduce(self, dy: Tensor, dy_skip: Tensor | None, g: Tensor | None) -> Tensor:
         """The sums over parts of each map, (1, 2 or 5, N, SPLITS, C); writes g."""
         n, c = self.x.shape[:2]
         sums = self._vectors(self.n_sums, n, self.pieces.splits, c)
-        if self.x.numel():
+        if self.x.numel() == 0:
+            sums.zero_()
+        else:
             reduce_kernel[self.sweep_grid](
                 dy_ptr=dy, dy_skip_ptr=dy_skip, bits_ptr=self.saved.bits, x_ptr=self.x, g_ptr=g, sums_ptr=sums,
                 **self.sweep,
@@ -164,11 +172,15 @@ class _Pass:
         chunk, block_k = blocks.pop("CHUNK"), blocks.pop("BLOCK_K")
         block_g = blocks.pop("BLOCK_G")
         n_chunks = triton.cdiv(c, chunk)
-        tiles = triton.cdiv(n, blocks["BLOCK_N"]) * triton.cdiv(r, blocks["BLOCK_R"])
+        tiles_n, tiles_r, tiles_g = (
+            triton.cdiv(extent, block)
+            for extent, block in ((n, blocks["BLOCK_N"]), (r, blocks["BLOCK_R"]), (c, block_g))
+        )
+        tiles = tiles_n * tiles_r
         shared = {
             "sums_ptr": sums, "e_ptr": self.saved.e, "z1_ptr": self.saved.z1, "dz1_ptr": dz1, "dz2_ptr": dz2,
-            "N": n, "C": c, "R": r, "SPLITS": self.pieces.splits, "ACT": self.excitation.act,
-            "PRECISION": dot_precision(), **blocks, **self.affine,
+            "N": n, "C": c, "R": r, "SPLITS": self.pieces.splits, "tiles_n": tiles_n, "tiles_r": tiles_r,
+            "ACT": self.excitation.act, "PRECISION": dot_precision(), **blocks, **self.affine,
         }  # fmt: skip
         if tiles:
             # One program owns one chunk of the channels that a (BLOCK_N, BLOCK_R) tile of dz1 sums over.
@@ -177,14 +189,13 @@ class _Pass:
                 n_chunks=n_chunks, HAS_G0=self.n_sums != 2, GATE_FN=self.excitation.gate,
                 BLOCK_K=block_k, CHUNK=chunk, **shared, **launch_options(4),
             )  # fmt: skip
-        blocks_c = triton.cdiv(c, block_g)
         # One program owns BLOCK_G channels of dq, D1 and D2, or a (BLOCK_R, BLOCK_G) tile of dW1 and dW2.
-        excite_gradients_kernel[(blocks_c * (1 + triton.cdiv(r, blocks["BLOCK_R"])),)](
+        excite_gradients_kernel[(tiles_g * (1 + tiles_r),)](
             squeezed_ptr=self.saved.squeezed, w1_ptr=self.w1, dq_ptr=dq,
             dweight_ptr=gradients.dweight, dbias_ptr=gradients.dbias,
             dw1_ptr=gradients.dw1, db1_ptr=gradients.db1, dw2_ptr=gradients.dw2, db2_ptr=gradients.db2,
-            HW=h * w, SQUEEZED_IS_X=self.n_sums == 2, BLOCK_G=block_g, **self.statistics, **shared,
-            **launch_options(4, EXCITE_MAXNREG),
+            HW=h * w, tiles_g=tiles_g, SQUEEZED_IS_X=self.n_sums == 2, BLOCK_M=BLOCK_M, BLOCK_G=block_g, **self.statistics, **shared,
+            **launch_options(int(os.environ.get("NW","4")), EXCITE_MAXNREG), **({"num_stages":int(os.environ["NS"])} if "NS" in os.environ else {}),
         )  # fmt: skip
         return gradients, dq
 

@@ -33,6 +33,11 @@ class Kind:
     training: bool = True
     is_forward: bool = True
 
+    @property
+    def is_per_image(self) -> bool:
+        """Whether an image's result is its own: then its bits may not depend on the batch it comes in."""
+        return self.is_forward and not self.training
+
 
 # Most telling first: this is the order of measuring.
 KINDS = {
@@ -85,8 +90,12 @@ class Case:
 
     @property
     def bucket(self) -> tuple[int, int, int]:
-        """Sizes rounded up to powers of two: maps of one bucket can use the same tiles."""
-        return next_power_of_2(self.n), next_power_of_2(self.channels), next_power_of_2(self.hw)
+        """Sizes rounded up to powers of two: maps of one bucket can use the same tiles.
+
+        One bucket of every batch where an image's result may not depend on it.
+        """
+        n = config.USUAL_BATCH if KINDS[self.kind].is_per_image else self.n
+        return next_power_of_2(n), next_power_of_2(self.channels), next_power_of_2(self.hw)
 
     def map(self, device: torch.device | str = "meta") -> torch.Tensor:
         """An uninitialized map of the case."""
@@ -114,13 +123,11 @@ H200 = Machine(132, 60 * 2**20)
 
 
 def pick(case: Case, machine: Machine) -> SweepConfig:
-    """The cost model's own choice: what `forward_config` and `backward_config` pick on that machine."""
+    """The cost model's own choice."""
     kind, x = KINDS[case.kind], case.map()
     if not kind.is_forward:
         return _fill(config.backward_config(x, kind.bn_act not in (None, "identity")), case, machine)
-    found = config.forward_config(x, kind.training)
-    group_kib = int(config.GROUP_SHARE * machine.l2_bytes) // 1024
-    return _fill(dataclasses.replace(found, group_kib=group_kib), case, machine)
+    return _fill(config.forward_config(x, kind.training, machine.l2_bytes), case, machine)
 
 
 def fitted(found: SweepConfig, measured: Case, case: Case, machine: Machine) -> SweepConfig:
@@ -134,6 +141,8 @@ def fitted(found: SweepConfig, measured: Case, case: Case, machine: Machine) -> 
         block_hw = min(found.block_hw, rows)
         block_c = min(columns, elements // block_hw)
     tile = dataclasses.replace(found, block_hw=block_hw, block_c=block_c)
+    if KINDS[case.kind].is_per_image:
+        measured = dataclasses.replace(measured, n=config.USUAL_BATCH)
     return _fill(tile, case, machine, programs(measured, found))
 
 
@@ -144,8 +153,21 @@ def programs(case: Case, found: SweepConfig) -> int:
 
 
 def _fill(found: Config, case: Case, machine: Machine, most: int = 2**62) -> Config:
-    """With pieces short enough for as many as the model wants, or for `most`."""
+    """With pieces short enough for as many as the model wants, or for `most`.
+
+    Where an image's sums may not depend on its batch, the usual batch decides how a map is cut, and the batch at hand
+    only how many whole maps make a piece.
+    """
     wanted = min(most, config.PIECES_PER_SM * machine.multiprocessors)
-    while found.tiles > 1 and programs(case, found) < wanted:
-        found = dataclasses.replace(found, tiles=found.tiles // 2)
+    if not KINDS[case.kind].is_per_image:
+        return _shorten(found, case, wanted)
+    cut = _shorten(found, dataclasses.replace(case, n=config.USUAL_BATCH), wanted)
+    whole = max(1, -(-case.hw // cut.block_hw))
+    return cut if cut.tiles < whole else _shorten(found, case, wanted, whole)
+
+
+def _shorten(found: Config, case: Case, wanted: int, least: int = 1) -> Config:
+    """With pieces of half the tiles, and half of that, down to `least`, until there are as many as wanted."""
+    while found.tiles > least and programs(case, found) < wanted:
+        found = dataclasses.replace(found, tiles=max(least, found.tiles // 2))
     return found

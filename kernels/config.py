@@ -1,4 +1,4 @@
-"""Configurations of the launches: picked from sizes alone, so that no launch ever benchmarks anything."""
+"""Configurations of the launches: tiles by the size and layout of a map, and what the excitation's products have."""
 
 import functools
 from dataclasses import dataclass, field
@@ -15,6 +15,8 @@ TILE_ELEMENTS = 2048
 TILES_PER_PIECE = 16
 # Pieces wanted for each multiprocessor, twice what it runs at once, before a map is cut no further.
 PIECES_PER_SM = 12
+# Where an image's result must not depend on the batch, its map is cut as in a batch of so many.
+USUAL_BATCH = 64
 # Part of the L2 cache that one group of images may fill: two groups and what is written meanwhile are there at once.
 GROUP_SHARE = 1 / 8
 # Registers a thread of the excitation's products may have. Left alone, ptxas spills: in the forward kernel at 80 where
@@ -72,23 +74,20 @@ class ForwardConfig(SweepConfig):
 
 def sweep_config(x: Tensor, elements: int = TILE_ELEMENTS, tiles: int = TILES_PER_PIECE) -> SweepConfig:
     """Tiles whose rows are 128 bytes of bf16 or more along the dense axis of x; 8 channels at least, for the bits."""
-    n, channels, hw = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+    channels, hw = x.shape[1], x.shape[2] * x.shape[3]
     if is_channels_last(x):
         block_c = min(max(next_power_of_2(channels), 8), 64)
         block_hw = min(next_power_of_2(hw), elements // block_c)
     else:
         block_hw = min(next_power_of_2(hw), elements // 8)
         block_c = min(max(next_power_of_2(channels), 8), elements // block_hw)
-    columns = -(-channels // block_c)
-    while tiles > 1 and columns * Pieces.of(hw, block_hw, tiles).count(n) < PIECES_PER_SM * multiprocessors(x.device):
-        tiles //= 2
     return SweepConfig(block_hw, block_c, tiles, 4)
 
 
-def forward_config(x: Tensor, training: bool) -> ForwardConfig:
+def forward_config(x: Tensor, training: bool, l2_bytes: int) -> ForwardConfig:
     """Training couples the whole batch, so that nothing is read twice from the cache: three plain launches."""
     sweep = sweep_config(x)
-    group_kib = int(GROUP_SHARE * l2_bytes(x.device)) // 1024
+    group_kib = int(GROUP_SHARE * l2_bytes) // 1024
     tile = sweep.block_hw, sweep.block_c, sweep.tiles, sweep.num_warps
     return ForwardConfig(*tile, launches=3 if training else 1, group_kib=group_kib)
 
@@ -98,11 +97,11 @@ def backward_config(x: Tensor, has_act: bool) -> SweepConfig:
     return sweep_config(x, TILE_ELEMENTS // 2, 2 * TILES_PER_PIECE) if has_act else sweep_config(x)
 
 
-def excite_blocks(n: int, r: int) -> dict[str, int]:
-    """Tiles of the excitation's products over n images: as many images as fit a tile of 64, so that each weight is read
-    once for them; chunks of 128 channels, so that 2,048 of them keep 16 programs a tile busy."""
+def excite_blocks(images: int, r: int) -> dict[str, int]:
+    """Tiles of the excitation's products, of at most `images` images at once: as many as fit a tile of 64, so that each
+    weight is read once for them; chunks of 128 channels, so that 2,048 of them keep 16 programs a tile busy."""
     return {
-        "BLOCK_N": min(max(next_power_of_2(n), 16), 64),
+        "BLOCK_N": min(max(next_power_of_2(images), 16), 64),
         "BLOCK_R": min(max(next_power_of_2(r), 16), 32),
         "BLOCK_K": 32,
         "CHUNK": 128,

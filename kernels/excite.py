@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .batch_norm import bn_affine
-from .primitives import act_grad, apply_act, apply_gate, block_offsets, load_vector, unravel
+from .primitives import act_backward, apply_act, apply_gate, block_offsets, load_vector, unravel
 from .schedule import arrive
 
 
@@ -54,7 +54,7 @@ def _add_chunks(
 
 @triton.jit
 def hidden_tile(
-    index, first_image, last_image, tiles_n, part_ptr, squeezed_ptr, chunks_ptr, counters_ptr, z1_ptr,
+    index, first_image, last_image, tiles_n, tiles_r, part_ptr, squeezed_ptr, chunks_ptr, counters_ptr, z1_ptr,
     weight_ptr, bias_ptr, mean_ptr, var_ptr, w1_ptr, b1_ptr,
     N, C, R, SPLITS, n_chunks, eps,
     SQUEEZED_IS_X: tl.constexpr, PRECISION: tl.constexpr,
@@ -62,10 +62,9 @@ def hidden_tile(
 ):  # fmt: skip
     """One chunk of a tile of z1 = W1 q + b1; whether the tile is complete now. Keeps the squeezed map, added up.
 
-    Every group has tiles_n tiles of images, as the launcher counts them; the last group may have images for fewer.
+    Every group has tiles_n tiles of images; the last group may have images for fewer.
     """
-    blocks_r = tl.cdiv(R, BLOCK_R)
-    chunk, block_n, block_r = unravel(index, blocks_r, tiles_n)
+    chunk, block_n, block_r = unravel(index, tiles_r, tiles_n)
     offs_n = first_image + block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < last_image
     offs_r, mask_r = block_offsets(block_r, BLOCK_R, R)
@@ -82,7 +81,7 @@ def hidden_tile(
         acc = tl.dot(tl.where(mask_c[None, :], q, 0.0), w1, acc, input_precision=PRECISION)
     offs = offs_n[:, None].to(tl.int64) * R + offs_r[None, :]
     mask = mask_n[:, None] & mask_r[None, :]
-    counter_ptr = counters_ptr + block_n * blocks_r + block_r
+    counter_ptr = counters_ptr + block_n * tiles_r + block_r
     is_last, z1 = _add_chunks(acc, chunks_ptr, counter_ptr, chunk, n_chunks, offs, mask, N.to(tl.int64) * R)
     if is_last:
         if b1_ptr is not None:
@@ -93,18 +92,18 @@ def hidden_tile(
 
 @triton.jit
 def gate_tile(
-    index, first_image, last_image, tiles_n, z1_ptr, w2_ptr, b2_ptr, e_ptr,
+    index, first_image, last_image, tiles_n, tiles_r, tiles_g, z1_ptr, w2_ptr, b2_ptr, e_ptr,
     C, R,
     ACT: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """One (BLOCK_N, BLOCK_G) tile of e = gate(W2 act(z1) + b2)."""
-    _, block_n, block_c = unravel(index, tl.cdiv(C, BLOCK_G), tiles_n)
+    _, block_n, block_c = unravel(index, tiles_g, tiles_n)
     offs_n = first_image + block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < last_image
     offs_c, mask_c = block_offsets(block_c, BLOCK_G, C)
     acc = tl.zeros((BLOCK_N, BLOCK_G), tl.float32)
-    for block in range(0, tl.cdiv(R, BLOCK_R)):
+    for block in range(0, tiles_r):
         offs_r, mask_r = block_offsets(block, BLOCK_R, R)
         z1 = load_vector(z1_ptr, offs_n[:, None].to(tl.int64) * R + offs_r[None, :], mask_n[:, None] & mask_r[None, :])
         w2 = load_vector(w2_ptr, offs_c[None, :] * R + offs_r[:, None], mask_c[None, :] & mask_r[:, None])
@@ -129,7 +128,7 @@ def _gate_gradient(e, GATE: tl.constexpr):
 @triton.jit
 def hidden_gradient(
     index, sums_ptr, e_ptr, z1_ptr, w2_ptr, weight_ptr, bias_ptr, dz2_ptr, chunks_ptr, dz1_ptr, counters_ptr,
-    N, C, R, SPLITS, n_chunks,
+    N, C, R, SPLITS, n_chunks, tiles_n, tiles_r,
     HAS_G0: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -137,8 +136,7 @@ def hidden_gradient(
 
     The sweep's sums are G0, or G1 and G2, from which G0 = weight G2 + bias G1 since v = weight xh + bias.
     """
-    blocks_r = tl.cdiv(R, BLOCK_R)
-    chunk, block_n, block_r = unravel(index, blocks_r, tl.cdiv(N, BLOCK_N))
+    chunk, block_n, block_r = unravel(index, tiles_r, tiles_n)
     offs_n, mask_n = block_offsets(block_n, BLOCK_N, N)
     offs_r, mask_r = block_offsets(block_r, BLOCK_R, R)
     acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
@@ -158,16 +156,16 @@ def hidden_gradient(
         w2 = load_vector(w2_ptr, offs_c[:, None] * R + offs_r[None, :], mask_c[:, None] & mask_r[None, :])
         acc = tl.dot(dz2, w2, acc, input_precision=PRECISION)
     offs, mask = offs_n[:, None].to(tl.int64) * R + offs_r[None, :], mask_n[:, None] & mask_r[None, :]
-    counter_ptr = counters_ptr + block_n * blocks_r + block_r
+    counter_ptr = counters_ptr + block_n * tiles_r + block_r
     is_last, da = _add_chunks(acc, chunks_ptr, counter_ptr, chunk, n_chunks, offs, mask, tl.cast(N, tl.int64) * R)
     if is_last:
-        tl.store(dz1_ptr + offs, da * act_grad(load_vector(z1_ptr, offs, mask), ACT), mask)
+        tl.store(dz1_ptr + offs, act_backward(da, load_vector(z1_ptr, offs, mask), ACT), mask)
 
 
 @triton.jit
 def _input_gradients(
     block_c, sums_ptr, e_ptr, squeezed_ptr, dz1_ptr, w1_ptr, mean_ptr, var_ptr, dq_ptr, dweight_ptr, dbias_ptr,
-    N, C, HW, R, SPLITS, eps,
+    N, C, HW, R, SPLITS, tiles_n, tiles_r, eps,
     SQUEEZED_IS_X: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
@@ -177,10 +175,10 @@ def _input_gradients(
     n_sums = tl.cast(N, tl.int64) * SPLITS * C
     d1 = tl.zeros((BLOCK_N, BLOCK_G), tl.float32)
     d2 = tl.zeros((BLOCK_N, BLOCK_G), tl.float32)
-    for block_n in range(0, tl.cdiv(N, BLOCK_N)):
+    for block_n in range(0, tiles_n):
         offs_n, mask_n = block_offsets(block_n, BLOCK_N, N)
         dq = tl.zeros((BLOCK_N, BLOCK_G), tl.float32)
-        for block_r in range(0, tl.cdiv(R, BLOCK_R)):
+        for block_r in range(0, tiles_r):
             offs_r, mask_r = block_offsets(block_r, BLOCK_R, R)
             offs, mask = offs_n[:, None].to(tl.int64) * R + offs_r[None, :], mask_n[:, None] & mask_r[None, :]
             w1 = load_vector(w1_ptr, offs_r[:, None] * C + offs_c[None, :], mask_r[:, None] & mask_c[None, :])
@@ -192,8 +190,8 @@ def _input_gradients(
             if SQUEEZED_IS_X:
                 g1 = load_parts(sums_ptr, offs_n, mask_n, offs_c, mask_c, C, SPLITS)
                 g2 = load_parts(sums_ptr + n_sums, offs_n, mask_n, offs_c, mask_c, C, SPLITS)
-                rstd = tl.rsqrt(load_vector(var_ptr, offs_c, mask_c) + eps)
-                xh = (load_vector(squeezed_ptr, offs, mask) - load_vector(mean_ptr, offs_c, mask_c)[None, :]) * rstd
+                mean, rstd, _, _ = bn_affine(None, None, mean_ptr, var_ptr, offs_c, mask_c, eps)
+                xh = (load_vector(squeezed_ptr, offs, mask) - mean[None, :]) * rstd
                 d1 += e * g1 + dq
                 d2 += e * g2 + tl.where(mask, dq * xh, 0.0)
             else:
@@ -214,7 +212,7 @@ def _weight_gradients(
     dw1_ptr, db1_ptr, dw2_ptr, db2_ptr,
     N, C, R, eps,
     SQUEEZED_IS_X: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """A (BLOCK_R, BLOCK_G) tile of dW1 = dz1' q and of dW2' = act(z1)' dz2, and the bias gradients at its edges."""
     offs_c, mask_c = block_offsets(block_c, BLOCK_G, C)
@@ -223,8 +221,8 @@ def _weight_gradients(
     dw2 = tl.zeros((BLOCK_R, BLOCK_G), tl.float32)
     db1 = tl.zeros((BLOCK_R,), tl.float32)
     db2 = tl.zeros((BLOCK_G,), tl.float32)
-    for block_n in range(0, tl.cdiv(N, BLOCK_N)):
-        offs_n, mask_n = block_offsets(block_n, BLOCK_N, N)
+    for block_n in range(0, tl.cdiv(N, BLOCK_M)):
+        offs_n, mask_n = block_offsets(block_n, BLOCK_M, N)
         offs = offs_n[None, :].to(tl.int64) * R + offs_r[:, None]
         mask = mask_n[None, :] & mask_r[:, None]
         dz1, z1 = load_vector(dz1_ptr, offs, mask), load_vector(z1_ptr, offs, mask)
@@ -249,21 +247,20 @@ def _weight_gradients(
 def excite_gradients(
     index, sums_ptr, e_ptr, z1_ptr, squeezed_ptr, dz1_ptr, dz2_ptr, w1_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,
     dq_ptr, dweight_ptr, dbias_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr,
-    N, C, HW, R, SPLITS, eps,
+    N, C, HW, R, SPLITS, tiles_n, tiles_r, tiles_g, eps,
     SQUEEZED_IS_X: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """All that follows from dz1, in pieces: first the gradients of the input, the long sums, then those of weights."""
-    blocks_c = tl.cdiv(C, BLOCK_G)
-    if index < blocks_c:
+    if index < tiles_g:
         _input_gradients(
             index, sums_ptr, e_ptr, squeezed_ptr, dz1_ptr, w1_ptr, mean_ptr, var_ptr, dq_ptr, dweight_ptr, dbias_ptr,
-            N, C, HW, R, SPLITS, eps, SQUEEZED_IS_X, PRECISION, BLOCK_N, BLOCK_R, BLOCK_G,
+            N, C, HW, R, SPLITS, tiles_n, tiles_r, eps, SQUEEZED_IS_X, PRECISION, BLOCK_N, BLOCK_R, BLOCK_G,
         )  # fmt: skip
     else:
         _weight_gradients(
-            (index - blocks_c) % blocks_c, (index - blocks_c) // blocks_c,
+            (index - tiles_g) % tiles_g, (index - tiles_g) // tiles_g,
             z1_ptr, squeezed_ptr, dz1_ptr, dz2_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,
             dw1_ptr, db1_ptr, dw2_ptr, db2_ptr,
-            N, C, R, eps, SQUEEZED_IS_X, ACT, PRECISION, BLOCK_N, BLOCK_R, BLOCK_G,
+            N, C, R, eps, SQUEEZED_IS_X, ACT, PRECISION, BLOCK_M, BLOCK_R, BLOCK_G,
         )  # fmt: skip

@@ -6,6 +6,7 @@ variance; the squeeze; the two products of the excitation; y. Each launch runs a
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import nan
 
 import torch
 import triton
@@ -15,7 +16,7 @@ from . import stored
 from .config import ForwardConfig, Pieces, dot_precision, excite_blocks, launch_options
 from .forward_kernel import forward_kernel
 from .layout import as_dense, as_layout_of, geometry, packed_shape
-from .schedule import APPLY, FINALIZE, FIRST_GROUP, GATE, HIDDEN, SQUEEZE, STATISTICS, counters
+from .schedule import APPLY, FINALIZE, GATE, HIDDEN, SQUEEZE, STATISTICS, counters, counters_of
 
 
 @dataclass(frozen=True)
@@ -124,15 +125,17 @@ class _Launch:
         config: ForwardConfig,
     ) -> None:
         n, c, h, w = x.shape
-        r = excitation.w1.shape[0]
+        hw, r = h * w, excitation.w1.shape[0]
         self.x, self.config, self.is_merged, self.has_statistics = x, config, is_merged, has_statistics
         self.squeezes_x = bn is None or bn.act == "identity"
         self.has_squeeze = not (has_statistics and self.squeezes_x)
         # Groups of images are for launches that read x again; pieces must not be larger than they.
-        self.is_grouped = config.launches == 1 and not has_statistics
-        self.group_images = max(1, config.group_kib * 1024 // max(x.nbytes // max(n, 1), 1)) if self.is_grouped else n
-        self.pieces = pieces = Pieces.of(h * w, config.block_hw, config.tiles, max(self.group_images, 1))
-        self.columns = triton.cdiv(c, config.block_c)
+        is_grouped = config.launches == 1 and not has_statistics
+        group_images = max(1, config.group_kib * 1024 // max(c * hw * x.element_size(), 1)) if is_grouped else 2**31
+        self.pieces = pieces = Pieces.of(hw, config.block_hw, config.tiles, group_images)
+        # Where images do not depend on each other, neither may the tiles that compute one, in the last bit, on n.
+        self.blocks = blocks = excite_blocks(n if has_statistics else group_images, r)
+        self.group_images = max(1, min(n, group_images // pieces.images * pieces.images))
         part, z1, e = self._vectors(n, pieces.splits, c), self._vectors(n, r), self._vectors(n, c)
         squeezed = part[:, 0] if pieces.splits == 1 else self._vectors(n, c)
         bits = torch.empty(packed_shape(x) if wants_bits else 0, dtype=torch.uint8, device=x.device)
@@ -143,10 +146,18 @@ class _Launch:
             if x.numel() == 0:  # as in F.batch_norm
                 new = bn.running_mean.clone(), bn.running_var.clone()
         if x.numel() == 0:
-            mean.zero_()
-            var.zero_()
+            # Means of no pixels; an excitation of NaN is NaN.
+            for vectors, value in ((mean, 0.0), (var, 0.0), (squeezed, nan), (z1, nan), (e, nan)):
+                vectors.fill_(value)
         self.results = Forward(torch.empty_like(x), bits, mean, var, squeezed, z1, e, *new)
-        self.n_chunks = triton.cdiv(c, excite_blocks(n, r)["CHUNK"])
+        # How often each block fits, by the names kernels give these numbers: nobody else derives them.
+        self.extents = {
+            "columns": triton.cdiv(c, config.block_c),
+            "tiles_n": triton.cdiv(self.group_images, blocks["BLOCK_N"]),
+            "tiles_r": triton.cdiv(r, blocks["BLOCK_R"]),
+            "tiles_g": triton.cdiv(c, blocks["BLOCK_G"]),
+            "n_chunks": triton.cdiv(c, blocks["CHUNK"]),
+        }
         running: tuple[Tensor | None, Tensor | None] = (None, None)
         if bn is not None and bn.running_mean is not None and bn.running_var is not None:
             running = bn.running_mean.contiguous(), bn.running_var.contiguous()
@@ -170,7 +181,7 @@ class _Launch:
             "part_ptr": part,
             "squeezed_ptr": None if pieces.splits == 1 else squeezed,
             "moments_ptr": self._vectors(2, pieces.count(n), c) if has_statistics else None,
-            "chunks_ptr": self._vectors(self.n_chunks, n, r),
+            "chunks_ptr": self._vectors(self.extents["n_chunks"], n, r),
             "z1_ptr": z1,
             "e_ptr": e,
         }
@@ -182,7 +193,10 @@ class _Launch:
             "IMAGES": pieces.images,
             "tiles_per_split": pieces.tiles_per_split,
             "n_pieces": pieces.count(n),
-            "n_chunks": self.n_chunks,
+            "group_images": self.group_images,
+            "groups": triton.cdiv(n, self.group_images),
+            **self.extents,
+            **blocks,
             "eps": 0.0 if bn is None else bn.eps,
             "momentum": momentum,
             "HAS_SQUEEZE": self.has_squeeze,
@@ -214,33 +228,27 @@ class _Launch:
         return [*cuts, (begin, GATE.value), (APPLY.value, APPLY.value)]
 
     def run(self, first: int, last: int) -> None:
-        n, c = self.x.shape[:2]
         if self.x.numel() == 0:
             return
-        images = self.pieces.images
-        group_images = min(n, self.group_images // images * images) if self.is_grouped else n
-        groups = triton.cdiv(n, group_images)
-        blocks = excite_blocks(group_images, self.options["R"])
-        sweep = self.pieces.count(group_images) * self.columns
-        blocks_n = triton.cdiv(group_images, blocks["BLOCK_N"])
-        tiles = blocks_n * triton.cdiv(self.options["R"], blocks["BLOCK_R"])
+        extents, groups = self.extents, self.options["groups"]
+        sweep = self.pieces.count(self.group_images) * extents["columns"]
+        tiles = extents["tiles_n"] * extents["tiles_r"]
         counts = {
             "n_statistics": (STATISTICS, sweep),
-            "n_finalize": (FINALIZE, triton.cdiv(c, self.options["BLOCK_F"])),
+            "n_finalize": (FINALIZE, triton.cdiv(self.x.shape[1], self.options["BLOCK_F"])),
             "n_squeeze": (SQUEEZE, sweep if self.has_squeeze else 0),
-            "n_hidden": (HIDDEN, tiles * self.n_chunks),
-            "n_gate": (GATE, blocks_n * triton.cdiv(c, blocks["BLOCK_G"])),
+            "n_hidden": (HIDDEN, tiles * extents["n_chunks"]),
+            "n_gate": (GATE, extents["tiles_n"] * extents["tiles_g"]),
             "n_apply": (APPLY, sweep),
         }
         pieces = {name: count if first <= phase.value <= last else 0 for name, (phase, count) in counts.items()}
         once = pieces["n_statistics"] + pieces["n_finalize"]
-        n_counters = FIRST_GROUP.value + groups * (3 + tiles)
+        n_counters = counters_of(groups, tiles)
         # One program owns one piece of one phase.
         grid = (once + groups * (sum(pieces.values()) - once),)
         forward_kernel[grid](
-            **self.tensors, **self.options, **blocks, **pieces, FIRST=first, LAST=last,
-            group_images=group_images, groups=groups, tiles_n=blocks_n, n_counters=n_counters,
-            counters_ptr=counters(self.x.device, n_counters),
+            **self.tensors, **self.options, **pieces, FIRST=first, LAST=last,
+            n_counters=n_counters, counters_ptr=counters(self.x.device, n_counters),
         )  # fmt: skip
 
     def statistics(self) -> tuple[Tensor, Tensor]:

@@ -44,6 +44,15 @@ def act_grad(z, ACT: tl.constexpr):
 
 
 @triton.jit
+def act_backward(dv, z, ACT: tl.constexpr):
+    """dv d act(z) / dz. What ReLU did not let through has no gradient, be dv NaN, as in eager PyTorch."""
+    if ACT == "relu":
+        return tl.where(z <= 0.0, 0.0, dv)
+    else:
+        return dv * act_grad(z, ACT)
+
+
+@triton.jit
 def apply_gate(z, GATE: tl.constexpr):
     """The excitation's last non-linearity, in fp32."""
     if GATE == "sigmoid":
@@ -117,10 +126,17 @@ def unpack_bits(packed, BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def packed_tile_at(n, tile, block_c, C, HW, BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Offsets of a tile's bytes in the packed map (N, ceil(C / 8), HW rounded up to 32), and their mask."""
-    rows, columns = tl.cdiv(C, 8), tl.cdiv(HW, 32) * 32
-    offs_hw, mask_hw = block_offsets(tile, BLOCK_HW, HW)
+def packed_columns(HW):
+    """Bytes in a row of the packed map."""
+    return tl.cdiv(HW, 32) * 32
+
+
+@triton.jit
+def packed_tile_at(n, tile, block_c, C, HW, limit, BLOCK_HW: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Offsets of a tile's bytes in the packed map (N, ceil(C / 8), HW rounded up to 32), and the mask of columns
+    below the limit."""
+    rows, columns = tl.cdiv(C, 8), packed_columns(HW)
+    offs_hw, mask_hw = block_offsets(tile, BLOCK_HW, limit)
     offs_c, mask_c = block_offsets(block_c, BLOCK_C // 8, rows)
     offs = image_offset(n, rows, columns) + offs_c[None, :].to(tl.int64) * columns + offs_hw[:, None]
     return offs, mask_hw[:, None] & mask_c[None, :]

@@ -29,6 +29,11 @@ APPLY = tl.constexpr(5)
 FIRST_GROUP = tl.constexpr(4)
 
 
+def counters_of(groups: int, tiles: int) -> int:
+    """Number of a launch's counters, with so many groups of so many hidden tiles."""
+    return int(FIRST_GROUP.value) + groups * (3 + tiles)
+
+
 @triton.jit
 def arrive(counter_ptr):
     """Publish what this program wrote, count it, and return how many had arrived before."""

@@ -19,7 +19,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .cases import Case, Machine, fitted, kind_of, pick
+from .cases import KINDS, Case, Machine, fitted, kind_of, pick
 from .config import ForwardConfig, SweepConfig
 from .entries import Entry, Failure, Key
 from .layout import is_channels_last
@@ -179,7 +179,8 @@ def choose(case: Case, device: str, machine: Machine) -> SweepConfig:
         _say_once("model", f"setriton: no tuned configuration {what}: the cost model's is used; see `setriton tune`")
         return pick(case, machine)
     if found.case.bucket == case.bucket:
-        return found.config
+        is_per_image = KINDS[case.kind].is_per_image
+        return fitted(found.config, found.case, case, machine) if is_per_image else found.config
     _say_once("nearest", f"setriton: {case} was not tuned on {device}: using that of {found.case}; see `setriton tune`")
     return fitted(found.config, found.case, case, machine)
 

@@ -56,7 +56,7 @@ def run(launches: int, training: bool, bn_act: str = "identity", n: int = 5) -> 
     x = randn(n, c, 4, 5).contiguous(memory_format=torch.channels_last)
     excitation = Excitation(randn(r, c), randn(r), randn(c, r), randn(c), "relu", "sigmoid")
     bn = BatchNorm(randn(c), randn(c), randn(c), randn(c).exp(), 1e-5, bn_act)
-    picked = config.forward_config(x, training)
+    picked = config.forward_config(x, training, 2**18)
     # A group of 4 KiB is one image.
     cut = dataclasses.replace(picked, launches=launches, group_kib=4, block_hw=8, tiles=2)
     return forward(x, excitation, bn, x, "relu", True, training, 0.1, config=cut)

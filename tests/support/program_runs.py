@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from setriton.compile.report import Match, compile_report, reset_compile_report
 from setriton.compile.rewrite import rewrite
 
 Function = Callable[..., Any]
+_SET_GRAD_ENABLED = torch._C._set_grad_enabled
 
 
 class Invalid(Exception):
@@ -33,10 +35,12 @@ class Run:
 
     Attributes:
         matches: the blocks found, replaced or left alone.
+        differentiated: whether gradients were compared.
         sees_excitation: whether each tensor of the excitation that is read has a gradient other than 0.
     """
 
     matches: tuple[Match, ...]
+    differentiated: bool
     sees_excitation: bool
 
 
@@ -95,7 +99,7 @@ def _compare(program: Program, through_dynamo: bool) -> Run:
         _require_equal(want, found, "float" in program.source or "half" in program.source)
     gradients = [wanted[0][f"gradient of {name}"] for name in EXCITATION if name not in program.frozen]
     sees = program.differentiated and all(g is None or bool(g.abs().max() > 0) for g in gradients)
-    return Run(tuple(compile_report()), sees and any(g is not None for g in gradients))
+    return Run(tuple(compile_report()), program.differentiated, sees and any(g is not None for g in gradients))
 
 
 def arguments(program: Program, shape: Sequence[int]) -> list[Tensor]:
@@ -216,8 +220,13 @@ class _Proxy(fx.Proxy):
 
 
 class _Tracer(fx.Tracer):
+    """Records writes by operators, and changes of the grad mode."""
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
+
+    def set_grad_enabled(self, enabled: bool) -> None:
+        self.create_node("call_function", _SET_GRAD_ENABLED, (enabled,), {})
 
 
 class _WithValues(fx.Interpreter):
@@ -233,9 +242,13 @@ def _by_fx(function: Function, program: Program) -> Function:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            module = fx.GraphModule({}, _Tracer().trace(function))
-            with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.set_grad_enabled(program.differentiated):
-                fakes = [mode.from_tensor(t, static_shapes=True) for t in arguments(program, program.shape)]
+            tracer = _Tracer()
+            with mock.patch.object(torch._C, "_set_grad_enabled", tracer.set_grad_enabled):
+                graph = tracer.trace(function)
+            module = fx.GraphModule(tracer.root, graph)
+            mode = FakeTensorMode(allow_non_fake_inputs=True)
+            fakes = [mode.from_tensor(t, static_shapes=True) for t in arguments(program, program.shape)]
+            with mode, torch.set_grad_enabled(program.differentiated):
                 _WithValues(module).run(*fakes)
     except Exception as error:
         raise Invalid(f"torch.fx does not trace it: {error}") from error

@@ -1,0 +1,133 @@
+"""A model traced by Dynamo on tensors without data, as if it had never been."""
+
+import contextlib
+import copy
+import types
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo import convert_frame, guards, pgo
+from torch._dynamo.eval_frame import OptimizedModule
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.fx import GraphModule
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+Backend = Callable[[GraphModule, Sequence[Tensor]], Callable[..., Any]]
+
+
+def trace(model: nn.Module, inputs: Sequence[Any], options: Mapping[str, Any], backend: Backend) -> str | None:
+    """Give `backend` each graph that compiling a model makes; compute nothing and leave nothing behind.
+
+    Values that the model asks for, such as those of `item()`, are taken for 1: no tensor has data.
+
+    Args:
+        model: it is not touched, nor is anything that it holds.
+        inputs, options: of its call.
+        backend: as torch.compile's.
+
+    Returns:
+        Why there may be more graphs than those given, where shapes depend on values; None otherwise.
+
+    Raises:
+        TypeError: the model cannot be copied.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        shadow = _shadow(model, mode)
+        arguments, keywords = tree_map_only(Tensor, lambda t: mode.from_tensor(t, static_shapes=True), (inputs, options))
+        # Code of its own: what was compiled before, or too often, does not matter.
+        run = types.FunctionType(_call.__code__.replace(), globals())
+        with _leaving_no_trace(backend), _AssumedValues():
+            try:
+                torch.compile(run, backend=backend)(shadow, *arguments, **dict(keywords))
+            except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                return f"what {error.func} gives depends on values: what comes after it was not traced"
+    return None
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model behind any number of `torch.compile`."""
+    while isinstance(model, OptimizedModule):
+        model = model._orig_mod
+    return model
+
+
+def _call(self: nn.Module, *inputs: Any, **options: Any) -> Any:
+    return self(*inputs, **options)
+
+
+class _Shadows(TorchFunctionMode):
+    """Copies of tensors, wherever copy.deepcopy meets them, have no data."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        super().__init__()
+        self.mode = mode
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__:
+            tensor, memo = args
+            if id(tensor) not in memo:
+                memo[id(tensor)] = self.mode.from_tensor(tensor, static_shapes=True)
+            return memo[id(tensor)]
+        if func is Tensor.clone:  # a parameter's own way
+            return self.mode.from_tensor(args[0], static_shapes=True)
+        return func(*args, **(kwargs or {}))
+
+
+def _shadow(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A copy whose tensors are fake, with what was compiled in it as it was before."""
+    model, memo = unwrapped(model), dict[int, Any]()
+    with _Shadows(mode):
+        try:
+            for module in model.modules():
+                if isinstance(module, OptimizedModule):
+                    memo[id(module)] = copy.deepcopy(unwrapped(module), memo)
+            return copy.deepcopy(model, memo)
+        except Exception as error:
+            raise TypeError(f"model cannot be copied, so it cannot be traced: {error}") from error
+
+
+class _AssumedValues(TorchDispatchMode):
+    """Answers what a model asks of values that are not there, `item()` and `if`, with 1."""
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Dynamo compiles nothing under other modes."""
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return torch.ones((), dtype=args[0].dtype, device="cpu").tolist()
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _leaving_no_trace(backend: Backend) -> Iterator[None]:
+    """Undo what compiling leaves behind: code in Dynamo's caches, and sizes that it would take for changing ones."""
+    unlimited = {"recompile_limit": 1 << 30, "accumulated_recompile_limit": 1 << 30}
+    try:
+        with torch._dynamo.config.patch(**unlimited, suppress_errors=False), mock.patch.object(pgo, "_CODE_STATE", defaultdict(pgo.CodeState)):
+            yield
+    finally:
+        for code in list(convert_frame.input_codes.seen):
+            _forget(code, backend)
+
+
+def _forget(code: Any, backend: Backend) -> None:
+    code = code() if callable(code) else code
+    if code is None:
+        return
+    for entry in torch._C._dynamo.eval_frame._debug_get_cache_entry_list(code):
+        manager = entry.guard_manager
+        if getattr(entry.backend, "compiler_fn", entry.backend) is backend:
+            manager.extra_state.invalidate(entry, guards.DeletedGuardManagerWrapper("traced only"))

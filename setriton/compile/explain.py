@@ -97,7 +97,7 @@ def explain(model: nn.Module, *inputs: Any, verify: bool = False, **options: Any
     found = Explanation()
 
     def backend(graph_module: GraphModule, example_inputs: Sequence[Tensor]) -> Callable[..., Any]:
-        found.extend(rewrite(graph_module))
+        found.extend(rewrite(graph_module, verify=verify or None))
         return graph_module.forward
 
     found.ended = trace(model, inputs, options, backend)

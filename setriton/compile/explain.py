@@ -8,7 +8,7 @@ from torch.fx import GraphModule
 
 from .report import CompileReport, Match, table
 from .rewrite import rewrite
-from .shadow import trace
+from .shadow import trace, unwrapped
 
 # Passes over a bfloat16 map, forward and backward in training and forward in evaluation, of what Inductor generates
 # for the block as it is written: `setriton.bench.inductor.generated_code`, in a chain of 1x1 convolutions under
@@ -77,7 +77,8 @@ def explain(model: nn.Module, *inputs: Any, verify: bool = False, **options: Any
     """Find what `torch.compile(model, backend="setriton")` would replace, and compile nothing.
 
     The model is traced on tensors without data: nothing is computed, and its parameters, statistics and the state of
-    random numbers stay as they are. What compiling it has cached before stays, too, and nothing is added.
+    random numbers stay as they are. Dynamo's caches hold nothing more afterwards; code after a graph break that was
+    compiled before is compiled again at its next call.
 
     Args:
         model: in the mode, training or evaluation, that is asked about. What `torch.compile` returned, whatever its
@@ -92,6 +93,7 @@ def explain(model: nn.Module, *inputs: Any, verify: bool = False, **options: Any
     Raises:
         TypeError: `model` is no nn.Module, or cannot be copied.
     """
+    model = unwrapped(model)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
     found = Explanation()

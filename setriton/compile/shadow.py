@@ -2,16 +2,16 @@
 
 import contextlib
 import copy
+import functools
 import types
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import convert_frame, guards, pgo
-from torch._dynamo.eval_frame import OptimizedModule
+from torch._dynamo import convert_frame, pgo
+from torch._dynamo.eval_frame import OptimizedModule, innermost_fn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -28,6 +28,7 @@ Backend = Callable[[GraphModule, Sequence[Tensor]], Callable[..., Any]]
 def trace(model: nn.Module, inputs: Sequence[Any], options: Mapping[str, Any], backend: Backend) -> str | None:
     """Give `backend` each graph that compiling a model makes; compute nothing and leave nothing behind.
 
+    What was compiled before serves on, but for code after a graph break, which is compiled again at its next call.
     Values that the model asks for, such as those of `item()`, are taken for 1: no tensor has data.
 
     Args:
@@ -44,22 +45,26 @@ def trace(model: nn.Module, inputs: Sequence[Any], options: Mapping[str, Any], b
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         shadow = _shadow(model, mode)
-        arguments, keywords = tree_map_only(Tensor, lambda t: mode.from_tensor(t, static_shapes=True), (inputs, options))
+        without_data = functools.partial(mode.from_tensor, static_shapes=True)
+        arguments, keywords = tree_map_only(Tensor, without_data, (inputs, dict(options)))
         # Code of its own: what was compiled before, or too often, does not matter.
         run = types.FunctionType(_call.__code__.replace(), globals())
         with _leaving_no_trace(backend), _AssumedValues():
             try:
-                torch.compile(run, backend=backend)(shadow, *arguments, **dict(keywords))
+                torch.compile(run, backend=backend)(shadow, *arguments, **keywords)
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
                 return f"what {error.func} gives depends on values: what comes after it was not traced"
     return None
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model behind any number of `torch.compile`."""
-    while isinstance(model, OptimizedModule):
-        model = model._orig_mod
-    return model
+def unwrapped(model: Any) -> Any:
+    """The module behind any number of `torch.compile`, which makes a function of what it is given the second time."""
+    if isinstance(model, OptimizedModule):
+        return unwrapped(model._orig_mod)
+    if isinstance(model, nn.Module) or not callable(model):
+        return model
+    owner = getattr(innermost_fn(model), "__self__", None)
+    return unwrapped(owner) if isinstance(owner, nn.Module) else model
 
 
 def _call(self: nn.Module, *inputs: Any, **options: Any) -> Any:
@@ -105,31 +110,33 @@ class _AssumedValues(TorchDispatchMode):
         """Dynamo compiles nothing under other modes."""
         return True
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             dtype = args[0].dtype
-            return 1.0 if dtype.is_floating_point else 1 + 0j if dtype.is_complex else True if dtype == torch.bool else 1
+            number = complex if dtype.is_complex else float if dtype.is_floating_point else int
+            return True if dtype == torch.bool else number(1)
         return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
 def _leaving_no_trace(backend: Backend) -> Iterator[None]:
     """Undo what compiling leaves behind: code in Dynamo's caches, and sizes that it would take for changing ones."""
-    unlimited = {"recompile_limit": 1 << 30, "accumulated_recompile_limit": 1 << 30}
+    unlimited: dict[str, Any] = {"recompile_limit": 1 << 30, "accumulated_recompile_limit": 1 << 30}
+    sizes = pgo._CODE_STATE
+    pgo._CODE_STATE = defaultdict(pgo.CodeState)
     try:
-        with torch._dynamo.config.patch(**unlimited, suppress_errors=False), mock.patch.object(pgo, "_CODE_STATE", defaultdict(pgo.CodeState)):
+        with torch._dynamo.config.patch(unlimited, suppress_errors=False):
             yield
     finally:
-        for code in list(convert_frame.input_codes.seen):
-            _forget(code, backend)
+        pgo._CODE_STATE = sizes
+        for reference in list(convert_frame.input_codes.seen):
+            if (code := reference()) is not None:
+                _forget(code, backend)
 
 
 def _forget(code: Any, backend: Backend) -> None:
-    code = code() if callable(code) else code
-    if code is None:
-        return
-    for entry in torch._C._dynamo.eval_frame._debug_get_cache_entry_list(code):
-        manager = entry.guard_manager
-        if getattr(entry.backend, "compiler_fn", entry.backend) is backend:
-            manager.extra_state.invalidate(entry, guards.DeletedGuardManagerWrapper("traced only"))
+    """Empty the cache of code that has entries of ours: taking out one alone leaves it counted."""
+    entries = torch._C._dynamo.eval_frame._debug_get_cache_entry_list(code)
+    if any(getattr(entry.backend, "compiler_fn", None) is backend for entry in entries):
+        torch._dynamo.eval_frame.remove_from_cache(code)

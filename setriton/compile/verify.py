@@ -121,8 +121,11 @@ class _Part:
         with torch.set_grad_enabled(differentiated):
             results = self.module(*arguments)
         seen: dict[str, Tensor | None] = {f"result {i}": t for i, t in enumerate(results) if isinstance(t, Tensor)}
-        seen |= {f"{name} afterwards": t for name, t in memory.items()}
+        written = {f"{name} afterwards": t for name, t in memory.items()}
         losses = [(t * torch.rand_like(t)).sum() for t in seen.values() if t is not None and t.requires_grad]
+        # What was written is a result, too; what was not would have a gradient of its own.
+        losses += [(t * torch.rand_like(t)).sum() for t in written.values() if t.requires_grad and t._version]
+        seen |= written
         if differentiated and losses:
             wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
             gradients = torch.autograd.grad(losses, list(wanted.values()), allow_unused=True)

@@ -1,4 +1,4 @@
-"""Generated programs, SE blocks and near misses with writes by aliases among them: rewritten, all compute what eager does.
+"""Generated programs, SE blocks and near misses with writes by aliases among them, compute what eager PyTorch does.
 
 `SETRITON_PROGRAMS` and `SETRITON_SEED` say how many and which; a failure is printed as Python that can be pasted.
 """

@@ -1,5 +1,6 @@
-"""Generated programs run twice, as written and with their SE blocks replaced, and compared in all that a user can see."""
+"""Generated programs run as written and with their SE blocks replaced, and compared in all that a user can see."""
 
+import linecache
 import operator
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from programs import ARGUMENTS, EXCITATION, Program
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from setriton.compile.report import Match, compile_report, reset_compile_report
+from setriton.compile.report import Match, compile_report, record, reset_compile_report
 from setriton.compile.rewrite import rewrite
 
 Function = Callable[..., Any]
@@ -65,8 +66,6 @@ def check(program: Program, through_dynamo: bool = False) -> Run:
 
 def compiled_source(program: Program) -> Function:
     """The program as a function."""
-    import linecache
-
     name = f"<program {abs(hash(program.source))}>"
     linecache.cache[name] = (len(program.source), None, program.source.splitlines(True), name)
     namespace = {"torch": torch, "F": F, "operator": operator}
@@ -82,10 +81,7 @@ def _compare(program: Program, through_dynamo: bool) -> Run:
         shapes.append((n + 2, c, h + 1, w + 2))
     wanted = [_outcome(function, program, shape) for shape in shapes]
     reset_compile_report()
-    if through_dynamo or program.needs_dynamo:
-        run = _by_dynamo(function, program)
-    else:
-        run = _by_fx(function, program)
+    run = _by_dynamo(function, program) if through_dynamo or program.needs_dynamo else _by_fx(function, program)
     for shape, want in zip(shapes, wanted, strict=True):
         try:
             found = _outcome(run, program, shape)
@@ -252,11 +248,9 @@ def _by_fx(function: Function, program: Program) -> Function:
                 _WithValues(module).run(*fakes)
     except Exception as error:
         raise Invalid(f"torch.fx does not trace it: {error}") from error
-    from setriton.compile.report import record
-
     with torch.set_grad_enabled(program.differentiated):
         record(rewrite(module))
-    return module.forward  # type: ignore[no-any-return]
+    return module.forward
 
 
 def shrunk(program: Program, through_dynamo: bool = False) -> Program:

@@ -7,6 +7,7 @@ import random
 from dataclasses import dataclass
 from string import Template
 
+import program_mutations as mutations
 import program_spellings as spellings
 
 ARGUMENTS = ("x", "r", "w1", "b1", "w2", "b2", "w3", "gamma", "beta", "mean", "var")
@@ -145,26 +146,26 @@ def _mutate(writer: _Writer, result: str) -> None:
     pick, lines = writer.pick, writer.lines
     for _ in range(pick.choices((0, 1, 2, 3), (45, 35, 15, 5))[0]):
         at = pick.randrange(1, len(lines) + 1)
-        before = [name for name in writer.values[:at]]
+        before = writer.values[:at]
         value = pick.choice([*before, *before, *before, "x", "r", *ARGUMENTS[2:]])
         other = pick.choice([name for name in ("a", "y", "o") if name in before])
         kind = pick.choices(("write", "alias", "reader", "cast", "scope"), (45, 15, 28, 4, 8))[0]
         names = {"v": value, "z": value if value not in ("a", "y", "o", "x", "r") else other} | writer.sizes
         if kind == "write":
-            added = Template(pick.choice(spellings.WRITES)).substitute(names)
+            added = Template(pick.choice(mutations.WRITES)).substitute(names)
         elif kind == "alias":
-            added = Template(pick.choice(spellings.ALIASES)).substitute(names)
+            added = Template(pick.choice(mutations.ALIASES)).substitute(names)
             later = pick.randrange(at, len(lines) + 1)
-            lines.insert(later, pick.choice(spellings.LATER_WRITES))
+            lines.insert(later, pick.choice(mutations.LATER_WRITES))
             writer.values.insert(later, before[-1])
         elif kind == "reader":
-            added = Template(pick.choice(spellings.READERS)).substitute(names)
+            added = Template(pick.choice(mutations.READERS)).substitute(names)
         elif kind == "cast":
-            added = Template(pick.choice(spellings.CASTS)).substitute(names)
+            added = Template(pick.choice(mutations.CASTS)).substitute(names)
         else:
             chosen = pick.randrange(len(lines))
             if not lines[chosen].startswith("with "):
-                lines[chosen] = Template(pick.choice(spellings.SCOPES)).substitute(s=lines[chosen])
+                lines[chosen] = Template(pick.choice(mutations.SCOPES)).substitute(s=lines[chosen])
             continue
         lines.insert(at, added)
         writer.values.insert(at, before[-1])

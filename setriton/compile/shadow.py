@@ -122,11 +122,11 @@ class _AssumedValues(TorchDispatchMode):
 @contextlib.contextmanager
 def _leaving_no_trace(backend: Backend) -> Iterator[None]:
     """Undo what compiling leaves behind: code in Dynamo's caches, and sizes that it would take for changing ones."""
-    unlimited: dict[str, Any] = {"recompile_limit": 1 << 30, "accumulated_recompile_limit": 1 << 30}
+    unlimited = {"recompile_limit": 1 << 30, "accumulated_recompile_limit": 1 << 30, "suppress_errors": False}
     sizes = pgo._CODE_STATE
     pgo._CODE_STATE = defaultdict(pgo.CodeState)
     try:
-        with torch._dynamo.config.patch(unlimited, suppress_errors=False):
+        with torch._dynamo.config.patch(unlimited):
             yield
     finally:
         pgo._CODE_STATE = sizes

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import threading
 import types
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,9 +19,13 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.fx import GraphModule
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+
+# What cannot be copied, and what tracing leaves as it is.
+_SHARED = (torch.Generator, type(threading.Lock()), type(threading.RLock()))
 
 Backend = Callable[[GraphModule, Sequence[Tensor]], Callable[..., Any]]
 
@@ -40,7 +45,7 @@ def trace(model: nn.Module, inputs: Sequence[Any], options: Mapping[str, Any], b
         Why there may be more graphs than those given, where shapes depend on values; None otherwise.
 
     Raises:
-        TypeError: the model cannot be copied.
+        TypeError: the model cannot be copied, or has parameters without a shape.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
@@ -92,6 +97,10 @@ class _Shadows(TorchFunctionMode):
 def _shadow(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """A copy whose tensors are fake, with what was compiled in it as it was before."""
     model, memo = unwrapped(model), dict[int, Any]()
+    if any(map(is_lazy, [*model.parameters(), *model.buffers()])):
+        raise TypeError("model has parameters without a shape; call it once, then explain it")
+    held = [value for module in model.modules() for value in vars(module).values()]
+    memo |= {id(value): value for value in held if isinstance(value, _SHARED)}
     with _Shadows(mode):
         try:
             for module in model.modules():

@@ -1,5 +1,6 @@
 """setriton.explain: whatever a module holds and however often, and nothing is left behind."""
 
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -79,7 +80,7 @@ class Asks(Around):
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
         if y.sum().item() > 0 and y.amax() > 0:
-            y = y * float(y.mean())
+            y = y * float(y.detach().mean())
         return super().forward(y)
 
 
@@ -126,6 +127,12 @@ def compiled_inside() -> nn.Module:
     return network
 
 
+def compiled_forward() -> nn.Module:
+    network = Network()
+    network.forward = torch.compile(network.forward, backend="eager")  # type: ignore[method-assign]
+    return network
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "pruned": (pruned, 3),
     "weight-normed": (weight_normed, 3),
@@ -136,9 +143,14 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "graph break": (Breaks, 6),
     "compiled": (lambda: torch.compile(Network()), 3),  # type: ignore[dict-item, return-value]
     "compiled, other backend": (lambda: torch.compile(Network(), backend="eager"), 3),  # type: ignore[dict-item, return-value]
-    "compiled twice": (lambda: torch.compile(torch.compile(Network()), backend="setriton"), 3),  # type: ignore[dict-item, return-value]
     "compiled inside": (compiled_inside, 3),
     "lambda": (lambda: with_attribute(lambda x: x), 3),
+    "generator": (lambda: with_attribute(torch.Generator()), 3),
+    "lock": (lambda: with_attribute(threading.Lock()), 3),
+    "compiled twice": (lambda: torch.compile(torch.compile(Network())), 3),  # type: ignore[dict-item, return-value]
+    "compiled forward": (compiled_forward, 3),
+    "in DataParallel": (lambda: nn.DataParallel(Network()), 3),
+    "averaged": (lambda: torch.optim.swa_utils.AveragedModel(Network()), 3),
     "frozen": (lambda: Network().requires_grad_(False), 3),
     "meta device": (lambda: Network().to("meta"), 3),
 }
@@ -235,5 +247,7 @@ def test_refusals() -> None:
         setriton.explain(image, image())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"model cannot be copied.*generator"):
         setriton.explain(with_attribute(n for n in range(3)), image())
+    with pytest.raises(TypeError, match="parameters without a shape; call it once"):
+        setriton.explain(nn.Sequential(nn.LazyConv2d(C, 1), Network()), image())
     with pytest.raises(Exception, match=r"channels|expected input"):
         setriton.explain(Network(), torch.zeros(2, C + 1, 4, 4))

@@ -16,6 +16,7 @@ from torch._dynamo.eval_frame import OptimizedModule, innermost_fn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
 )
 from torch.fx import GraphModule
@@ -54,7 +55,7 @@ def trace(model: nn.Module, inputs: Sequence[Any], options: Mapping[str, Any], b
         arguments, keywords = tree_map_only(Tensor, without_data, (inputs, dict(options)))
         # Code of its own: what was compiled before, or too often, does not matter.
         run = types.FunctionType(_call.__code__.replace(), globals())
-        with _leaving_no_trace(backend), _AssumedValues():
+        with _leaving_no_trace(backend), _NoData(mode):
             try:
                 torch.compile(run, backend=backend)(shadow, *arguments, **keywords)
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -111,8 +112,12 @@ def _shadow(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
             raise TypeError(f"model cannot be copied, so it cannot be traced: {error}") from error
 
 
-class _AssumedValues(TorchDispatchMode):
-    """Answers what a model asks of values that are not there, `item()` and `if`, with 1."""
+class _NoData(TorchDispatchMode):
+    """Keeps data out: what a model reaches beside its copy is shadowed, and values that it asks for are 1."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        super().__init__()
+        self.mode = mode
 
     @classmethod
     def is_infra_mode(cls) -> bool:
@@ -125,7 +130,12 @@ class _AssumedValues(TorchDispatchMode):
             dtype = args[0].dtype
             number = complex if dtype.is_complex else float if dtype.is_floating_point else int
             return True if dtype == torch.bool else number(1)
-        return func(*args, **(kwargs or {}))
+        args, kwargs = tree_map_only(Tensor, self._shadow, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def _shadow(self, tensor: Tensor) -> Tensor:
+        is_fake = isinstance(tensor, FakeTensor)
+        return tensor if is_fake else self.mode.from_tensor(tensor, static_shapes=True)
 
 
 @contextlib.contextmanager

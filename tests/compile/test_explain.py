@@ -133,6 +133,18 @@ def compiled_forward() -> nn.Module:
     return network
 
 
+def of_closure(network: nn.Module) -> nn.Module:
+    """A module that does not know the network it calls."""
+
+    class Calls(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return network(x)  # type: ignore[no-any-return]
+
+    calls = Calls()
+    calls.state_dict = network.state_dict  # type: ignore[method-assign]
+    return calls
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "pruned": (pruned, 3),
     "weight-normed": (weight_normed, 3),
@@ -149,6 +161,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "lock": (lambda: with_attribute(threading.Lock()), 3),
     "compiled twice": (lambda: torch.compile(torch.compile(Network())), 3),  # type: ignore[dict-item, return-value]
     "compiled forward": (compiled_forward, 3),
+    "function of another module": (lambda: of_closure(Network()), 3),
     "in DataParallel": (lambda: nn.DataParallel(Network()), 3),
     "averaged": (lambda: torch.optim.swa_utils.AveragedModel(Network()), 3),
     "frozen": (lambda: Network().requires_grad_(False), 3),
@@ -167,7 +180,7 @@ def with_attribute(value: Any) -> nn.Module:
 def test_any_module(make: Callable[[], nn.Module], blocks: int) -> None:
     model = make()
     module = unwrapped(model)
-    x = image().to(next(module.parameters()))
+    x = image().to(next(iter(module.state_dict().values())))
     before, names = [t.clone() for t in module.state_dict().values()], set(vars(module))
     state = torch.get_rng_state()
     for _ in range(2):

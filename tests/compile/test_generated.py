@@ -3,12 +3,18 @@
 `SETRITON_PROGRAMS` and `SETRITON_SEED` say how many and which; a failure is printed as Python that can be pasted.
 """
 
+import dataclasses
 import os
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 from program_runs import Invalid, Wrong, check, shrunk
 from programs import generate, pasteable
+from torch.fx import Graph, Node
+
+from setriton.compile import rewrite
+from setriton.compile.match import Block
 
 PROGRAMS = int(os.environ.get("SETRITON_PROGRAMS", "2000"))
 SEED = int(os.environ.get("SETRITON_SEED", "0"))
@@ -42,6 +48,50 @@ def test_programs(part: int, one_thread: None) -> None:
     assert seen["with a block that was refused"] > 0.1 * seen["run"]
     assert seen["whose excitation is seen"] > 0.5 * seen["differentiated"]
     assert seen["refused by eager"] < 0.2 * seen["run"]
+
+
+def _forget_gradient(graph: Graph, block: Block) -> None:
+    assert block.excitation is not None
+    weight = block.excitation.fc1.weight
+    with graph.inserting_before(block.output):
+        detached = graph.call_method("detach", (weight,))
+    detached.meta = dict(weight.meta)
+    block.excitation = dataclasses.replace(
+        block.excitation, fc1=dataclasses.replace(block.excitation.fc1, weight=detached)
+    )
+
+
+def _confuse_activations(graph: Graph, block: Block) -> None:
+    assert block.excitation is not None
+    act = {"gelu": "silu", "silu": "gelu"}.get(block.excitation.act, block.excitation.act)
+    block.excitation = dataclasses.replace(block.excitation, act=act)
+
+
+def _forget_residual(graph: Graph, block: Block) -> None:
+    block.residual = None
+
+
+@pytest.mark.parametrize("fault", [_forget_gradient, _confuse_activations, _forget_residual])
+def test_planted_faults_are_found(
+    fault: Callable[[Graph, Block], None], one_thread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = rewrite._replace
+
+    def replace(graph: Graph, block: Block) -> Node:
+        fault(graph, block)
+        return right(graph, block)
+
+    monkeypatch.setattr(rewrite, "_replace", replace)
+    for index in range(200):
+        program = generate(SEED, index)
+        try:
+            if not program.needs_dynamo:
+                check(program)
+        except Invalid:
+            continue
+        except Wrong:
+            return
+    pytest.fail("200 programs, and none shows it")
 
 
 def test_the_same_programs_every_time() -> None:

@@ -205,6 +205,9 @@ def _by_dynamo(function: Function, program: Program) -> Function:
 class _Proxy(fx.Proxy):
     """A proxy that records writes, as Dynamo does, where torch.fx makes another value."""
 
+    def __getattr__(self, name: str) -> "_Attribute":
+        return _Attribute(self, name)
+
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
@@ -213,6 +216,10 @@ class _Proxy(fx.Proxy):
 
     def __imul__(self, other: Any) -> Any:
         return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
+
+
+class _Attribute(fx.proxy.Attribute, _Proxy):
+    """What a proxy has: a method to call, or a value such as `data`."""
 
 
 class _Tracer(fx.Tracer):

@@ -77,7 +77,7 @@ def generate(seed: int, index: int) -> Program:
     pick = random.Random(f"{seed}/{index}")
     shape = pick.choices(SHAPES, SHARES)[0]
     hidden, convolutions = pick.choice((1, 3, 3)), (pick.random() < 0.5, pick.random() < 0.5)
-    dynamic = pick.random() < 0.02
+    dynamic = pick.random() < 0.015
     named = zip("NCHW", ("x.size(0)", str(shape[1]), "x.shape[2]", "x.size(-1)"), strict=True)
     sizes = dict(named) if dynamic else dict(zip("NCHW", map(str, shape), strict=True))
     writer = _Writer(pick, sizes | {"R": str(hidden)})

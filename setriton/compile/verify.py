@@ -61,7 +61,7 @@ def verified(
     largest, where = max(_difference(a, b) for a, b in zip(wanted, found, strict=True))
     if largest <= tolerance:
         return largest, None
-    reason = f"its replacement differs by {largest:.1e} in {where}"
+    reason = f"its replacement differs{'' if largest == float('inf') else f' by {largest:.1e}'} in {where}"
     warnings.warn(f"setriton: a block is left alone: {reason}; please report this", stacklevel=2)
     return largest, reason
 
@@ -119,7 +119,7 @@ class _Part:
         result = fake(self.block.output)
         differentiated = result is not None and result.requires_grad
         with torch.set_grad_enabled(differentiated):
-            results = self.module(*arguments)
+            results = self.module.forward(*arguments)  # its call would print errors
         seen: dict[str, Tensor | None] = {f"result {i}": t for i, t in enumerate(results) if isinstance(t, Tensor)}
         written = {f"{name} afterwards": t for name, t in memory.items()}
         losses = [(t * torch.rand_like(t)).sum() for t in seen.values() if t is not None and t.requires_grad]
@@ -243,11 +243,22 @@ def _difference(want: dict[str, Tensor | None], found: dict[str, Tensor | None])
         b = found.get(name)
         if a is None and b is None:
             continue
-        if a is None or b is None or (a.shape, a.dtype, a.stride()) != (b.shape, b.dtype, b.stride()):
-            return float("inf"), name
+        if a is None or b is None or _layout(a) != _layout(b):
+            return float("inf"), f"{name}: {_told(a)} as written, {_told(b)} replaced"
         if not a.numel():
             continue
         scale = max(a.abs().nan_to_num(0, 0, 0).max().item(), 1e-3)
         apart = torch.where(a.isnan() & b.isnan() | (a == b), 0, (a - b).abs()).double().max().item()
         largest = max(largest, (float("inf") if apart != apart else apart / scale, name))
     return largest
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    """Shape, dtype, and the strides of a dense tensor's dimensions that are stepped over."""
+    steps = [(size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+    is_dense = sum((size - 1) * stride for size, stride in steps) + 1 == tensor.numel()
+    return tuple(tensor.shape), tensor.dtype, steps if is_dense else None
+
+
+def _told(tensor: Tensor | None) -> str:
+    return "none" if tensor is None else f"{tuple(tensor.shape)} with strides {tensor.stride()}"

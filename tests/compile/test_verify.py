@@ -86,9 +86,9 @@ FAULTS: dict[str, Callable[[Block], Block]] = {
 def test_wrong_replacements_are_left_out(fault: Callable[[Block], Block], monkeypatch: pytest.MonkeyPatch) -> None:
     right = rewrite._replace
     monkeypatch.setattr(rewrite, "_replace", lambda graph, block: right(graph, fault(block)))
-    with pytest.warns(UserWarning, match="a block is left alone: its replacement differs by"):
+    with pytest.warns(UserWarning, match="a block is left alone: its replacement differs"):
         report = compare(Network(), image())
-    _all_left(report, "its replacement differs by")
+    _all_left(report, "its replacement differs")
     assert all(match.error is not None and match.error > 1e-3 for match in report)
 
 
@@ -106,9 +106,7 @@ def test_wrong_gradients_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
         return new
 
     monkeypatch.setattr(rewrite, "_replace", replace)
-    with pytest.warns(
-        UserWarning, match=r"differs in the gradient of .*fc1.*weight_: .* as written, none replaced"
-    ):
+    with pytest.warns(UserWarning, match=r"differs in the gradient of .*fc1.*weight_: .* as written, none replaced"):
         _all_left(compare(Network(), image()), "the gradient of")
 
 

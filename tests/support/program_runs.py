@@ -261,16 +261,22 @@ def _by_fx(function: Function, program: Program) -> Function:
 
 
 def shrunk(program: Program, through_dynamo: bool = False) -> Program:
-    """The program without the lines that it fails without, too."""
+    """The program without the lines that it fails without, too, in the same way."""
+    kind = _failure(program, through_dynamo)
     lines = program.source.splitlines()
-    at = len(lines) - 2
-    while at > 0:
+    for at in range(len(lines) - 2, 0, -1):
         shorter = replace(program, source="\n".join([*lines[:at], *lines[at + 1 :]]) + "\n")
-        try:
-            check(shorter, through_dynamo or program.needs_dynamo)
-        except Wrong:
+        if _failure(shorter, through_dynamo or program.needs_dynamo) == kind:
             program, lines = shorter, [*lines[:at], *lines[at + 1 :]]
-        except Exception:  # it needs this line
-            pass
-        at -= 1
     return program
+
+
+def _failure(program: Program, through_dynamo: bool) -> list[str] | None:
+    """What differs and how, without numbers; None where all is well or nothing runs."""
+    try:
+        check(program, through_dynamo)
+    except Wrong as error:
+        return str(error).split()[:3]
+    except Exception:
+        return None
+    return None

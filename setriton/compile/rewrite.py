@@ -12,6 +12,7 @@ from .excitation import Layer
 from .match import Block, match
 from .report import Match, described
 from .spelling import changes, fake
+from .verify import verified, verifies
 
 # Functions that a rewritten graph may call.
 TARGETS = (squeeze_excite, bn_squeeze_excite, bn_squeeze_excite_forked)
@@ -26,11 +27,12 @@ _TRANSPARENT = {
 }
 
 
-def rewrite(module: GraphModule) -> list[Match]:
+def rewrite(module: GraphModule, *, verify: bool | None = None) -> list[Match]:
     """Replace the SE blocks of a graph, and of the graphs in its checkpointed and other regions.
 
     Args:
         module: as Dynamo or torch.export makes it, with fake tensors in its nodes' meta. It is changed in place.
+        verify: replace no block before it was run beside its replacement; None asks SETRITON_VERIFY.
 
     Returns:
         What was found, replaced or left alone, in order.
@@ -42,7 +44,10 @@ def rewrite(module: GraphModule) -> list[Match]:
             block = match(node)
             if block is None:
                 continue
-            found.append(described(block))
+            error = None
+            if block.reason is None and (verifies() if verify is None else verify):
+                error, block.reason = verified(graph_module, block, _replace)
+            found.append(described(block, error))
             if block.reason is None:
                 replaced.append(_replace(graph, block))
         for node in replaced:

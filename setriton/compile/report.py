@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from .match import Block
+from .block import Block
 from .spelling import fake
 
 

@@ -1,6 +1,5 @@
 """A block run beside its replacement on random numbers: results, gradients, and what is written."""
 
-import dataclasses
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
-from .match import Block
+from .block import Block
 from .spelling import fake
 
 _TOLERANCE = 1e-6
@@ -94,14 +93,14 @@ class _Part:
         for node in part:
             copies[node] = graph.node_copy(node, copies.__getitem__)
         graph.output(tuple(copies[node] for node in results if node not in block.inner))
-        return cls(GraphModule(module, graph), _translated(block, copies), inputs)
+        return cls(GraphModule(module, graph), block.translated(copies), inputs)
 
     def copied(self) -> "_Part":
         """The same, to be changed."""
         graph, copies = Graph(), dict[Node, Node]()
         for node in self.module.graph.nodes:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-        return _Part(GraphModule(self.module, graph), _translated(self.block, copies), self.inputs)
+        return _Part(GraphModule(self.module, graph), self.block.translated(copies), self.inputs)
 
     @property
     def casts(self) -> bool:
@@ -131,18 +130,6 @@ class _Part:
             gradients = torch.autograd.grad(losses, list(wanted.values()), allow_unused=True)
             seen |= {f"the gradient of {name}": g for name, g in zip(wanted, gradients, strict=True)}
         return {name: None if t is None else t.detach() for name, t in seen.items()}
-
-
-def _translated(value: Any, copies: dict[Node, Node]) -> Any:
-    """A block, or a part of one, of the copies of its nodes."""
-    if isinstance(value, Node):
-        return copies.get(value, value)
-    if isinstance(value, set):
-        return {_translated(item, copies) for item in value}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        changed = {f.name: _translated(getattr(value, f.name), copies) for f in dataclasses.fields(value) if f.init}
-        return dataclasses.replace(value, **changed)
-    return tree_map_only(Node, lambda node: copies.get(node, node), value)
 
 
 @dataclass

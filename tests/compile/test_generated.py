@@ -14,7 +14,7 @@ from programs import generate, pasteable
 from torch.fx import Graph, Node
 
 from setriton.compile import rewrite
-from setriton.compile.match import Block
+from setriton.compile.block import Block
 
 PROGRAMS = int(os.environ.get("SETRITON_PROGRAMS", "2000"))
 SEED = int(os.environ.get("SETRITON_SEED", "0"))

@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 
 import setriton
 from setriton.compile import rewrite
-from setriton.compile.match import Block
+from setriton.compile.block import Block
 from setriton.compile.report import CompileReport
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -218,6 +218,8 @@ class _Runner(Interpreter):
         failed = False
         try:
             value = self._value(n)
+            if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) and value_of(n) is not None:
+                value = value_of(n)  # what was found out about a number stays so
         except Exception:
             if self.effects is None:
                 raise

@@ -159,7 +159,7 @@ class _Reader:
             if op.name == "add":
                 _refuse_sum(node)
             refuse(node, "where a mean over height and width was expected")
-        if op["dtype"] is not None and not same_dtype(node, op["input"]):
+        if op["dtype"] is not None:
             raise Refused(f"the mean is taken in {op['dtype']}")
         source, over = op["input"], axes(op["dim"], op["input"])
         if is_map(source) and over == {2, 3}:
@@ -172,7 +172,7 @@ class _Reader:
             # The mean of what was flattened to (N, C, HW).
             self._take(source)
             return self._pooled(node, before["input"])
-        if before.name == "mean":
+        if before.name == "mean" and before["dtype"] is None:
             # One axis after the other.
             first = axes(before["dim"], before["input"])
             second = over if before["keepdim"] else {axis + (axis >= min(first, default=0)) for axis in over}

@@ -1,16 +1,14 @@
 """What compiling a model would replace, found without compiling it: `setriton.explain`."""
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_map_only
 
 from .report import CompileReport, Match, table
 from .rewrite import rewrite
+from .shadow import trace, unwrapped
 
 # Passes over a bfloat16 map, forward and backward in training and forward in evaluation, of what Inductor generates
 # for the block as it is written: `setriton.bench.inductor.generated_code`, in a chain of 1x1 convolutions under
@@ -33,9 +31,18 @@ _AS_WRITTEN = {
 
 
 class Explanation(CompileReport):
-    """A report whose `str` says, too, how many passes over its map each block takes as written and fused."""
+    """A report whose `str` says, too, how many passes over its map each block takes as written and fused.
+
+    Attributes:
+        ended: why the model was not traced to its end; None where it was.
+    """
+
+    ended: str | None = None
 
     def __str__(self) -> str:
+        return "\n".join([self._told(), *filter(None, [self.ended])])
+
+    def _told(self) -> str:
         if not self.replaced:
             return super().__str__()
         rows = [("block", "where", "as written", "fused", "saved")]
@@ -66,43 +73,34 @@ def passes_fused(match: Match) -> float:
     return forward + backward + relu * (2 if residual else 3) / 16
 
 
-def explain(model: nn.Module, *inputs: Any, **options: Any) -> Explanation:
+def explain(model: nn.Module, *inputs: Any, verify: bool = False, **options: Any) -> Explanation:
     """Find what `torch.compile(model, backend="setriton")` would replace, and compile nothing.
 
     The model is traced on tensors without data: nothing is computed, and its parameters, statistics and the state of
-    random numbers stay as they are.
+    random numbers stay as they are. Dynamo's caches hold nothing more afterwards; code after a graph break that was
+    compiled before is compiled again at its next call.
 
     Args:
-        model: in the mode, training or evaluation, that is asked about.
+        model: in the mode, training or evaluation, that is asked about. What `torch.compile` returned, whatever its
+            backend, stands for the model that was given to it.
         inputs, options: as `model` is called with them.
+        verify: run each block beside its replacement on random numbers of its shapes, and give the error in
+            `Match.error`; where they differ the block is reported as left alone.
 
     Returns:
         The blocks found; `print` shows them, and the passes over memory that each saves.
 
     Raises:
-        TypeError: `model` is no nn.Module.
+        TypeError: `model` is no nn.Module, or cannot be copied.
     """
+    model = unwrapped(model)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     found = Explanation()
 
     def backend(graph_module: GraphModule, example_inputs: Sequence[Tensor]) -> Callable[..., Any]:
-        found.extend(rewrite(graph_module))
+        found.extend(rewrite(graph_module, verify=verify or None))
         return graph_module.forward
 
-    mode = FakeTensorMode()
-    tensors = [*model.parameters(), *model.buffers()]
-    with mode:
-        shadow = copy.deepcopy(model, {id(t): _without_data(t, mode) for t in tensors})
-        arguments, keywords = tree_map_only(Tensor, lambda t: _without_data(t, mode), (inputs, options))
-        torch.compile(shadow, backend=backend)(*arguments, **keywords)
+    found.ended = trace(model, inputs, options, backend)
     return found
-
-
-def _without_data(tensor: Tensor, mode: Any) -> Tensor:
-    shadow = mode.from_tensor(tensor, static_shapes=True)
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(shadow, tensor.requires_grad)
-    return shadow

@@ -1,79 +1,55 @@
 """Squeeze-and-Excitation blocks in a graph: found from the product of map and gate, read backwards to the squeeze."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch.fx import Node
 
 from setriton.reference import BN_ACTS
 
-from .excitation import Excitation, Refused, looks_squeezed, read_excitation
-from .spelling import changes, changes_mode, fake, is_map, number, read, reads_shape, same_shape
+from .block import BatchNorm, Block
+from .effects import Effects
+from .excitation import read_excitation
+from .hazards import hazard
+from .kin import kin
+from .layers import Refused
+from .shapes import is_map, same_shape
+from .spelling import fake, number, read, reads_shape
 
 
-@dataclass(frozen=True)
-class BatchNorm:
-    """The arguments of F.batch_norm: nodes, None, and numbers."""
+def match(node: Node, effects: Callable[[], Effects]) -> Block | None:
+    """The block whose map and gate `node` multiplies, with the longest tail.
 
-    weight: Any
-    bias: Any
-    running_mean: Any
-    running_var: Any
-    training: bool
-    momentum: float
-    eps: float
+    Args:
+        node: of a graph.
+        effects: gives those of the graph; called only where there may be a block.
 
-
-@dataclass
-class Block:
-    """An SE block and the tail around it: output = out_act(SE(bn_act(BN(x))) + residual).
-
-    Attributes:
-        x: the map that goes in.
-        product: the node that multiplies map and gate.
-        output: the node whose place a replacement takes.
-        inner: the other nodes of the block, in no order; nothing else reads them.
-        excitation: its two layers; None where the block is refused.
-        bn, bn_act, residual, out_act: the tail.
-        reason: why the block cannot be replaced; None where it can.
-        note: why the tail ends where it does, where more might have belonged to it.
+    Returns:
+        None where it looks like no SE block; a block with a reason where it must be left alone.
     """
-
-    x: Node
-    product: Node
-    output: Node
-    inner: set[Node] = field(default_factory=set)
-    excitation: Excitation | None = None
-    bn: BatchNorm | None = None
-    bn_act: str = "identity"
-    residual: Node | None = None
-    out_act: str = "identity"
-    reason: str | None = None
-    note: str | None = None
-
-    @property
-    def kind(self) -> str:
-        """ "se", "bn_se" or "bn_act_se", then "+add" and "+relu"."""
-        base = "se" if self.bn is None else "bn_se" if self.bn_act == "identity" else "bn_act_se"
-        return base + "+add" * (self.residual is not None) + "+relu" * (self.out_act == "relu")
-
-
-def match(node: Node) -> Block | None:
-    """The block whose map and gate `node` multiplies, with the longest tail; None where it looks like no SE block."""
     refused: Block | None = None
     for x, gate, residual in _products(node):
-        if not is_map(x):
-            continue
         try:
-            block = _read_block(node, x, gate, residual)
+            if is_map(x):
+                return _read_block(node, x, gate, residual, effects)
         except Refused as error:
-            if refused is None and looks_squeezed(gate):
+            if refused is None and kin(node, x, gate) is not None:
                 refused = Block(x, node, node, reason=str(error))
-        else:
-            return block
+    if refused is None:
+        refused = _of_kin(node)
     return refused
+
+
+def _of_kin(node: Node) -> Block | None:
+    """What is no SE block, but does to maps what one does."""
+    op = read(node)
+    if op.name not in ("mul", "add"):
+        return None
+    for x, gate in ((op["input"], op["other"]), (op["other"], op["input"])):
+        if isinstance(x, Node) and isinstance(gate, Node) and (reason := kin(node, x, gate)) is not None:
+            return Block(x, node, node, reason=reason)
+    return None
 
 
 def _products(node: Node) -> Iterator[tuple[Node, Node, Node | None]]:
@@ -81,7 +57,7 @@ def _products(node: Node) -> Iterator[tuple[Node, Node, Node | None]]:
     op = read(node)
     if op.name == "mul":
         pairs, residual = (op["input"], op["other"]), None
-    elif op.name == "addcmul" and op["value"] in (None, 1):
+    elif op.name == "addcmul":
         pairs, residual = (op["tensor1"], op["tensor2"]), op["input"]
     else:
         return
@@ -90,38 +66,54 @@ def _products(node: Node) -> Iterator[tuple[Node, Node, Node | None]]:
             yield x, gate, residual
 
 
-def _read_block(node: Node, x: Node, gate: Node, residual: Node | None) -> Block:
+def _read_block(node: Node, x: Node, gate: Node, residual: Node | None, effects: Callable[[], Effects]) -> Block:
     excitation, inner = read_excitation(gate, x)
-    block = Block(x, node, node, inner, excitation)
+    block = Block(x, node, node, inner, excitation, residual=residual)
     tensor, result = fake(x), fake(node)
     assert tensor is not None
     if not tensor.is_floating_point():
         raise Refused(f"dtype {tensor.dtype}")
     if result is None or result.dtype != tensor.dtype:
         raise Refused(f"the map is {tensor.dtype}, its product with the gate is not")
+    if not same_shape(node, x):
+        raise Refused("the product has not the map's shape")
+    if residual is not None and (reason := _unlike_x(block, residual)) is not None:
+        raise Refused(reason)
+    _absorb_sizes(block)
     _require_unshared(block)
-    _absorb_batch_norm(block)
-    if changes(node, block.x) and (block.x.op == "placeholder" or _later_uses(block.x, node)):
-        raise Refused("in place on a map that is read elsewhere")
-    if residual is not None:
-        _require_residual(block, residual)
-        block.residual = residual
-    if (disturbed := _disturbance(block)) is not None:
-        raise Refused(disturbed)
+    known = effects()
+    _absorb_batch_norm(block, known)
+    if (reason := hazard(block, known)) is not None:
+        raise Refused(reason)
     if residual is None:
-        _absorb_residual(block)
-    _absorb_relu(block)
+        _absorb_residual(block, known)
+    _absorb_relu(block, known)
     return block
+
+
+def _absorb_sizes(block: Block) -> None:
+    """Take the sizes that only the block's own views ask for."""
+    for node in reversed(list(block.span())):
+        is_own = bool(node.users) and all(user in block.nodes for user in node.users)
+        if is_own and node not in block.nodes and fake(node) is None and _is_of_sizes(node):
+            block.inner.add(node)
+
+
+def _is_of_sizes(node: Node) -> bool:
+    """Whether a node is a size of an operand, or computed of such sizes."""
+    if not node.op.startswith("call"):
+        return False
+    return reads_shape(node) or all(fake(parent) is None for parent in node.all_input_nodes)
 
 
 def _require_unshared(block: Block) -> None:
     for node in block.inner:
         for user in node.users:
-            if user is not block.output and user not in block.inner:
+            if user not in block.nodes:
                 raise Refused(f"{node.name} is read elsewhere, by {user.name}")
 
 
-def _absorb_batch_norm(block: Block) -> None:
+def _absorb_batch_norm(block: Block, effects: Effects) -> None:
     """Take BN and the activation before the map, where nothing but the block reads them."""
     act, norm = block.x, block.x
     if (op := read(act)).name in BN_ACTS:
@@ -129,16 +121,16 @@ def _absorb_batch_norm(block: Block) -> None:
     if (op := read(norm)).name != "batch_norm":
         return
     absorbed = {act, norm}
-    if any(user not in block.inner | absorbed | {block.output} and not reads_shape(user)
-           for node in absorbed for user in node.users):  # fmt: skip
+    users = {user for node in absorbed for user in node.users if not reads_shape(user)}
+    if not users <= block.nodes | absorbed or block.residual in absorbed:
         block.note = "BN's output is read elsewhere"
         return
     bn = _read_batch_norm(norm)
     if isinstance(bn, str):
         block.note = bn
         return
-    block.x, block.bn, block.bn_act = op["input"], bn, "identity" if act is norm else read(act).name
-    block.inner |= absorbed
+    name = "identity" if act is norm else read(act).name
+    _extend(block, effects, x=op["input"], bn=bn, bn_act=name, inner=block.inner | absorbed)
 
 
 def _read_batch_norm(node: Node) -> BatchNorm | str:
@@ -160,35 +152,32 @@ def _read_batch_norm(node: Node) -> BatchNorm | str:
     return BatchNorm(op["weight"], op["bias"], *statistics, training, momentum, eps)
 
 
-def _absorb_residual(block: Block) -> None:
+def _absorb_residual(block: Block, effects: Effects) -> None:
     user = _only_user(block.output)
     op = read(user)
-    if user is None or op.name != "add" or op["alpha"] not in (None, 1):
+    if user is None or op.name != "add":
         return
     residual = op["other"] if op["input"] is block.output else op["input"]
     if not isinstance(residual, Node) or residual is block.output or not _is_like_x(block, user):
         return
-    if changes(user, residual):
-        block.note = "the residual is added in place"
-        return
-    try:
-        _require_residual(block, residual)
-    except Refused as error:
-        block.note = str(error)
-        return
-    _extend(block, user, residual=residual)
+    if (reason := _unlike_x(block, residual)) is not None:
+        block.note = reason
+    else:
+        _extend(block, effects, output=user, inner=block.nodes, residual=residual)
 
 
-def _require_residual(block: Block, residual: Node) -> None:
+def _unlike_x(block: Block, residual: Node) -> str | None:
+    """Why a tensor cannot be the residual."""
     tensor = fake(residual)
     if tensor is None or not same_shape(residual, block.x) or not tensor.is_floating_point():
-        raise Refused("what is added has not the map's shape")
+        return "what is added has not the map's shape"
+    return None
 
 
-def _absorb_relu(block: Block) -> None:
+def _absorb_relu(block: Block, effects: Effects) -> None:
     user = _only_user(block.output)
     if user is not None and read(user).name == "relu" and _is_like_x(block, user):
-        _extend(block, user, out_act="relu")
+        _extend(block, effects, output=user, inner=block.nodes, out_act="relu")
 
 
 def _only_user(node: Node) -> Node | None:
@@ -202,45 +191,9 @@ def _is_like_x(block: Block, node: Node) -> bool:
     return x is not None and y is not None and x.dtype == y.dtype and same_shape(block.x, node)
 
 
-def _extend(block: Block, output: Node, **tail: Any) -> None:
-    """Let the block end later, with more of its tail, unless something stands in the way."""
-    longer = dataclasses.replace(block, output=output, inner=block.inner | {block.output}, **tail)
-    block.note = _disturbance(longer)
+def _extend(block: Block, effects: Effects, **more: Any) -> None:
+    """Let the block have more of its tail, unless something stands in the way."""
+    longer = dataclasses.replace(block, **more)
+    block.note = hazard(longer, effects)
     if block.note is None:
         vars(block).update(vars(longer))
-
-
-def _disturbance(block: Block) -> str | None:
-    """What on the way to the block's end, where its work is to be done, changes its inputs or the mode it runs in."""
-    inputs = [node for node in _inputs(block) if node is not None]
-    for node in _from_first_to(block.output, block.inner):
-        if node in block.inner or node is block.output:
-            continue
-        if changes_mode(node):
-            return "autocast or grad mode changes inside"
-        if any(changes(node, value) for value in inputs):
-            return f"{node.name} changes an input of the block in place"
-    return None
-
-
-def _inputs(block: Block) -> Iterable[Node | None]:
-    excitation, bn = block.excitation, block.bn
-    assert excitation is not None
-    yield from (block.x, block.residual, excitation.fc1.weight, excitation.fc1.bias)
-    yield from (excitation.fc2.weight, excitation.fc2.bias)
-    if bn is not None:
-        yield from (bn.weight, bn.bias, bn.running_mean, bn.running_var)
-
-
-def _from_first_to(last: Node, inner: set[Node]) -> Iterator[Node]:
-    """Nodes from the first of `inner` to `last`."""
-    node, missing = last, set(inner)
-    while missing:
-        node = node.prev
-        missing.discard(node)
-        yield node
-
-
-def _later_uses(value: Node, node: Node) -> bool:
-    """Whether a node after `node` reads `value`."""
-    return any(user is not node and node < user for user in value.users)

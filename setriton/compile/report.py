@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from .match import Block
+from .block import Block
 from .spelling import fake
 
 
@@ -26,6 +26,8 @@ class Match:
         differentiated: whether there will be a backward pass.
         reason: why the block was left alone; None where it was replaced.
         note: why a replaced block's tail ends where it does, where more might have belonged to it.
+        error: the largest relative difference between the block and its replacement, both run in float64; None where
+            that was not asked for.
     """
 
     kind: str
@@ -37,6 +39,7 @@ class Match:
     differentiated: bool = False
     reason: str | None = None
     note: str | None = None
+    error: float | None = None
 
     @property
     def where(self) -> str:
@@ -62,7 +65,8 @@ class CompileReport(list[Match]):
             return "no SE blocks were found"
         rows = [("block", "where", "map", "R", "")]
         for match in self:
-            told = f"left alone: {match.reason}" if match.reason else match.note or ""
+            checked = "" if match.error is None else f"error {match.error:.0e}"
+            told = f"left alone: {match.reason}" if match.reason else "; ".join(filter(None, [checked, match.note]))
             hidden = "" if match.hidden is None else str(match.hidden)
             rows.append((match.kind, match.where, "x".join(map(str, match.shape)), hidden, told))
         head = f"{len(self.replaced)} of {len(self)} SE blocks replaced"
@@ -100,7 +104,7 @@ def record(matches: Iterable[Match]) -> None:
         _found.extend(matches)
 
 
-def described(block: Block) -> Match:
+def described(block: Block, error: float | None = None) -> Match:
     """A block in words and numbers, which outlive its graph."""
     tensor, result, excitation = fake(block.x), fake(block.output), block.excitation
     return Match(
@@ -113,6 +117,7 @@ def described(block: Block) -> Match:
         differentiated=result is not None and result.requires_grad,
         reason=block.reason,
         note=block.note,
+        error=error,
     )
 
 

@@ -1,72 +1,103 @@
-"""How an operation may be spelled in a graph: as a function, a method, an operator or an aten overload, read alike."""
+"""How an operation may be spelled in a graph: as a function, a method, an operator or an aten overload, read alike.
 
+An operation is known by the function that it is, not by its name, and only if each of its arguments is known too.
+"""
+
+import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-# Parameters by position. Names are the functions', without the underscore of those that write in place.
-_UNARY = ("input", "inplace")
-_SIGNATURES: dict[str, tuple[str, ...]] = {
-    "adaptive_avg_pool2d": ("input", "output_size"),
-    "adaptive_max_pool2d": ("input", "output_size"),
-    "add": ("input", "other"),
-    "addcmul": ("input", "tensor1", "tensor2"),
-    "addmm": ("input", "mat1", "mat2"),
-    "amax": ("input", "dim", "keepdim"),
-    "avg_pool2d": ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
-    "batch_norm": (
-        "input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps",
-    ),
-    "clamp": ("input", "min", "max"),
-    "clone": ("input",),
-    "contiguous": ("input",),
-    "conv2d": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
-    "div": ("input", "other"),
-    "dropout": ("input", "p", "training", "inplace"),
-    "einsum": ("equation", "input", "other"),
-    "expand": ("input",),
-    "expand_as": ("input", "other"),
-    "flatten": ("input", "start_dim", "end_dim"),
-    "gelu": ("input",),
-    "getitem": ("input", "index"),
+_ZERO = (0, (0, 0), [0, 0])
+
+
+@dataclass(frozen=True)
+class _Signature:
+    """Parameters by position, then those by name alone, and the only values that some may have.
+
+    Names are the functions', without the underscore of those that write in place.
+    """
+
+    names: tuple[str, ...]
+    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    by_name: tuple[str, ...] = ()
+    takes_more: bool = False
+
+
+def _of(names: str, by_name: str = "", takes_more: bool = False, **fixed: tuple[Any, ...]) -> _Signature:
+    return _Signature(tuple(names.split()), fixed, tuple(by_name.split()), takes_more)
+
+
+_UNARY = _of("input inplace")
+_REDUCTION = _of("input dim keepdim", by_name="dtype")
+_SIGNATURES: dict[str, _Signature] = {
+    "adaptive_avg_pool1d": _of("input output_size"),
+    "adaptive_avg_pool2d": _of("input output_size"),
+    "adaptive_avg_pool3d": _of("input output_size"),
+    "adaptive_max_pool2d": _of("input output_size return_indices", return_indices=(False,)),
+    "add": _of("input other", by_name="alpha", alpha=(1,)),
+    "addcmul": _of("input tensor1 tensor2", by_name="value", value=(1,)),
+    "addmm": _of("input mat1 mat2", by_name="alpha beta", alpha=(1,), beta=(1,)),
+    "amax": _of("input dim keepdim"),
+    "avg_pool2d": _of("input kernel_size stride padding ceil_mode count_include_pad divisor_override",
+                      padding=_ZERO, divisor_override=(None,)),
+    "batch_norm": _of("input running_mean running_var weight bias training momentum eps"),
+    "clamp": _of("input min max"),
+    "clone": _of("input", by_name="memory_format"),
+    "contiguous": _of("input", by_name="memory_format"),
+    "conv2d": _of("input weight bias stride padding dilation groups"),
+    "div": _of("input other", by_name="rounding_mode", rounding_mode=(None,)),
+    "dropout": _of("input p training inplace"),
+    "einsum": _of("equation input other"),
+    "expand": _of("input", by_name="implicit", takes_more=True),
+    "expand_as": _of("input other"),
+    "flatten": _of("input start_dim end_dim"),
+    "gelu": _of("input approximate"),
+    "getitem": _of("input index"),
     "hardsigmoid": _UNARY,
     "hardswish": _UNARY,
-    "hardtanh": ("input", "min_val", "max_val", "inplace"),
-    "linear": ("input", "weight", "bias"),
-    "matmul": ("input", "other"),
-    "mean": ("input", "dim", "keepdim"),
-    "mul": ("input", "other"),
+    "hardtanh": _of("input min_val max_val inplace"),
+    "linear": _of("input weight bias"),
+    "matmul": _of("input other"),
+    "mean": _REDUCTION,
+    "mul": _of("input other"),
     "relu": _UNARY,
     "relu6": _UNARY,
-    "reshape": ("input",),
-    "sigmoid": ("input",),
+    "reshape": _of("input", by_name="shape", takes_more=True),
+    "sigmoid": _of("input"),
     "silu": _UNARY,
-    "squeeze": ("input", "dim"),
-    "unsqueeze": ("input", "dim"),
-    "view": ("input",),
+    "squeeze": _of("input dim"),
+    "sum": _REDUCTION,
+    "unsqueeze": _of("input dim"),
+    "view": _of("input", by_name="size", takes_more=True),
 }  # fmt: skip
-# aten's batch_norm and torch.batch_norm have another order than F.batch_norm.
-_ATEN_BATCH_NORM = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
+# aten's batch_norm and torch.batch_norm have another order than F.batch_norm; the last says which library computes.
+_ATEN_BATCH_NORM = _of("input weight bias running_mean running_var training momentum eps cudnn_enabled")
 _SYNONYMS = {
     "clip": "clamp",
+    "divide": "div",
     "iadd": "add",
     "imul": "mul",
     "itruediv": "div",
     "mm": "matmul",
     "multiply": "mul",
+    "true_divide": "div",
     "truediv": "div",
     "view_as": "expand_as",
 }
+_ALIASES = {"axis": "dim", "self": "input", "end_dim": "end_dim", "train": "training"}
+_LIBRARIES = (torch, F, torch.Tensor, operator, torch._C._nn)
 _OPERATORS_IN_PLACE = {"iadd", "imul", "itruediv", "isub", "imatmul", "setitem"}
 VIEWS = {"clone", "contiguous", "expand", "expand_as", "flatten", "getitem", "reshape", "squeeze", "unsqueeze", "view"}
+# Views and copies that hold as many elements as their input, in the same order.
+FLATTENED = {"flatten", "reshape", "view"}
 # Reading a tensor's sizes is not reading the tensor.
-_OF_SHAPE = {"dim", "numel", "shape", "size", "stride", "sym_size", "sym_numel", "sym_stride"}
-_MODES = {"_set_grad_enabled", "_enter_autocast", "_exit_autocast", "_enter_inference_mode", "_exit_inference_mode"}
+_OF_SHAPE = {"dim", "numel", "shape", "size", "sym_size", "sym_numel"}
 
 
 @dataclass(frozen=True)
@@ -78,6 +109,9 @@ class Op:
 
     def __getitem__(self, argument: str) -> Any:
         return self.arguments.get(argument)
+
+
+_UNKNOWN = Op("", {})
 
 
 def name_of(node: Node) -> str:
@@ -94,29 +128,31 @@ def name_of(node: Node) -> str:
 
 
 def read(node: Any) -> Op:
-    """The operation of a node; its name is "" for what is no operation known here."""
-    if not isinstance(node, Node):
-        return Op("", {})
-    name = name_of(node)
-    if name.endswith("_") and not name.endswith("__"):
-        name = name[:-1]
+    """The operation of a node; its name is "" for what is no operation known here, or has an argument unknown here."""
+    if not isinstance(node, Node) or not _is_the_function(node, written := name_of(node)):
+        return _UNKNOWN
+    name = written[:-1] if written.endswith("_") and not written.endswith("__") else written
     name = _SYNONYMS.get(name, name)
     signature = _SIGNATURES.get(name)
-    if signature is None:
-        return Op("", {})
-    if name == "batch_norm" and node.target is not torch.nn.functional.batch_norm:
+    if name == "batch_norm" and node.target is not F.batch_norm:
         signature = _ATEN_BATCH_NORM
     positional = node.args
     if name == "einsum" and len(positional) == 2 and isinstance(positional[1], tuple | list):
         positional = (positional[0], *positional[1])
-    arguments = dict(zip(signature, positional, strict=False)) | node.kwargs
-    if "axis" in arguments:
-        arguments["dim"] = arguments.pop("axis")
+    if signature is None or (len(positional) > len(signature.names) and not signature.takes_more):
+        return _UNKNOWN
+    arguments = dict(zip(signature.names, positional, strict=False))
+    arguments |= {_ALIASES.get(key, key): value for key, value in node.kwargs.items()}
+    if not arguments.keys() <= {*signature.names, *signature.by_name}:
+        return _UNKNOWN
+    for key, values in signature.fixed.items():
+        if key in arguments and not _is_one_of(arguments[key], values):
+            return _UNKNOWN
     return Op(name, arguments)
 
 
 def changes(node: Node, value: Node) -> bool:
-    """Whether the node writes into `value`, as far as its spelling tells."""
+    """Whether the node writes into `value`, as far as its spelling tells: where no values are known."""
     if isinstance(node.target, torch._ops.OpOverload):
         arguments = zip(node.target._schema.arguments, node.args, strict=False)
         return any(found is value and a.alias_info is not None and a.alias_info.is_write for a, found in arguments)
@@ -130,14 +166,9 @@ def changes(node: Node, value: Node) -> bool:
 
 
 def reads_shape(node: Node) -> bool:
-    """Whether the node reads no more of its input than its sizes."""
+    """Whether the node reads no more of its input than its sizes, or its dtype and device."""
     name = name_of(node)
     return name in _OF_SHAPE or (name == "getattr" and node.args[1] in ("shape", "device", "dtype", "ndim"))
-
-
-def changes_mode(node: Node) -> bool:
-    """Whether what follows runs under another grad mode or autocast."""
-    return name_of(node) in _MODES
 
 
 def fake(node: Any) -> Tensor | None:
@@ -157,41 +188,17 @@ def number(value: Any) -> float | None:
     return None
 
 
-def is_same(a: Any, b: Any) -> bool:
-    """Whether two sizes are the same whatever the symbols in them stand for."""
-    return a is not None and b is not None and statically_known_true(a == b)
-
-
-def same_shape(a: Any, b: Any) -> bool:
-    """Whether the values of two nodes have the same shape."""
-    x, y = fake(a), fake(b)
-    return x is not None and y is not None and x.dim() == y.dim() and all(map(is_same, x.shape, y.shape))
-
-
-def axes(dim: Any, node: Any) -> set[int]:
-    """The axes that a reduction of a node's value is over, counted from the first."""
-    tensor = fake(node)
-    if tensor is None:
-        return set()
-    dims = range(tensor.dim()) if dim is None else dim if isinstance(dim, tuple | list) else (dim,)
-    return {axis % tensor.dim() for axis in dims if isinstance(axis, int)}
-
-
-def is_map(node: Any) -> bool:
-    """Whether a node's value has the four axes of a feature map."""
-    tensor = fake(node)
-    return tensor is not None and tensor.dim() == 4
-
-
-def vector_size(node: Any) -> Any:
-    """K of a value (N, K), (N, K, 1) or (N, K, 1, 1); None for other values."""
-    tensor = fake(node)
-    if tensor is None or not 2 <= tensor.dim() <= 4 or not all(is_same(size, 1) for size in tensor.shape[2:]):
-        return None
-    return tensor.shape[1]
-
-
 def is_full_slice(index: Any) -> bool:
     """Whether indexing takes all elements in their order, and adds axes at most."""
     parts = index if isinstance(index, tuple) else (index,)
-    return all(part is None or part is Ellipsis or part == slice(None) for part in parts)
+    return all(part is None or part is Ellipsis or (isinstance(part, slice) and part == slice(None)) for part in parts)
+
+
+def _is_the_function(node: Node, name: str) -> bool:
+    if node.op == "call_method" or isinstance(node.target, torch._ops.OpOverload):
+        return True
+    return bool(name) and any(getattr(library, name, None) is node.target for library in _LIBRARIES)
+
+
+def _is_one_of(value: Any, values: tuple[Any, ...]) -> bool:
+    return any(value is other or (type(value) in (int, float, tuple, list) and value == other) for other in values)

@@ -1,0 +1,270 @@
+"""Ways to write each step of an SE block, right ones and near misses: lines of Python for `programs`.
+
+In a line `$v` is the value that the step takes, `$o` the name of its result; `$N`, `$C`, `$R`, `$H`, `$W` are sizes.
+"""
+
+INPUTS = (
+    "$o = x",
+    "$o = x * 1.0",
+    "$o = x * 1.0",
+    "$o = F.softplus(x)",
+    "$o = torch.cat([x, x], 1).chunk(2, 1)[0]",
+    "$o = x.transpose(2, 3).clone().transpose(2, 3)",
+    "$o = (x + 0.5).contiguous(memory_format=torch.channels_last)",
+    "$o = torch.cat([x, x], 3)[..., :$W]",
+    "$o = F.conv2d(x, w3)",
+)
+NORMS = (
+    "$o = F.batch_norm($v, mean, var, gamma, beta, True, 0.1, 1e-05)",
+    "$o = F.batch_norm($v, mean, var, gamma, beta, False, 0.1, 1e-05)",
+    "$o = F.batch_norm($v, None, None, gamma, beta, True)",
+    "$o = F.batch_norm($v, running_mean=mean, running_var=var, training=True, momentum=0.3)",
+    "$o = torch.batch_norm($v, gamma, beta, mean, var, True, 0.1, 1e-05, False)",
+    "$o = F.batch_norm($v, mean, var, weight=gamma, bias=beta, eps=0.01)",
+)
+NORM_ACTS = (
+    "$o = F.relu($v)",
+    "$o = F.relu($v, inplace=True)",
+    "$o = $v.relu_()",
+    "$o = F.silu($v)",
+    "$o = F.silu($v, inplace=True)",
+    "$o = F.hardswish($v)",
+    "$o = F.relu6($v)",
+    "$o = $v * torch.sigmoid($v)",
+)
+# To (N, C, 1, 1) and to (N, C).
+SQUEEZES_4D = (
+    "$o = $v.mean((2, 3), keepdim=True)",
+    "$o = $v.mean([-1, -2], keepdim=True)",
+    "$o = torch.mean($v, dim=(3, 2), keepdim=True)",
+    "$o = torch.mean($v, axis=[2, 3], keepdim=True)",
+    "$o = F.adaptive_avg_pool2d($v, 1)",
+    "$o = F.adaptive_avg_pool2d($v, (1, 1))",
+    "$o = F.avg_pool2d($v, ($H, $W))",
+    "$o = F.avg_pool2d($v, $v.size()[2:])",
+    "$o = F.avg_pool2d($v, kernel_size=$v.shape[2:])",
+    "$o = $v.flatten(2).mean(-1, keepdim=True).unsqueeze(-1)",
+    "$o = $v.mean(3, keepdim=True).mean(2, keepdim=True)",
+    "$o = $v.mean(dim=(2, 3))[:, :, None, None]",
+)
+SQUEEZES_2D = (
+    "$o = $v.mean((2, 3))",
+    "$o = $v.mean(2).mean(2)",
+    "$o = $v.mean(3).mean(-1)",
+    "$o = $v.flatten(2).mean(2)",
+    "$o = $v.reshape($N, $C, -1).mean(-1)",
+    "$o = $v.reshape($v.shape[0], $v.shape[1], $H * $W).mean(dim=2)",
+    "$o = F.adaptive_avg_pool2d($v, 1).flatten(1)",
+)
+# Parts for the whole, other axes, unknown arguments.
+SQUEEZES_4D_WRONG = (
+    "$o = $v[:, :, :1].mean((2, 3), keepdim=True)",
+    "$o = $v[:1].mean((2, 3), keepdim=True)",
+    "$o = $v.mean((0, 2, 3), keepdim=True)",
+    "$o = $v.mean((2, 3), keepdim=True, dtype=torch.float32).double()",
+    "$o = F.avg_pool2d($v, ($H, $W), divisor_override=3)",
+    "$o = F.avg_pool2d($v, (1, $W))[:, :, :1]",
+    "$o = F.adaptive_avg_pool2d($v, (2, 1))[:, :, :1]",
+    "$o = $v.amax((2, 3), keepdim=True)",
+    "$o = $v.sum((2, 3), keepdim=True)",
+    "$o = $v.roll(1, 0).mean((2, 3), keepdim=True)",
+    "$o = $v.detach().mean((2, 3), keepdim=True)",
+    "$o = $v.flip(1).mean((2, 3), keepdim=True)",
+    "$o = $v.mean((2, 3), keepdim=True).float().double()",
+    "$o = torch.var_mean($v, (2, 3), keepdim=True)[0]",
+    "$o = $v.reshape($N, $H, $W, $C).mean((1, 2)).reshape($N, $C, 1, 1)",
+    "$o = $v.repeat(1, 1, 2, 1)[:, :, 1:].mean((2, 3), keepdim=True)",
+    "$o = torch.masked.mean($v, (2, 3), keepdim=True, mask=$v > 0.1).nan_to_num(0.0)",
+    "$o = $v.nanmean((2, 3), keepdim=True)",
+)
+SQUEEZES_2D_WRONG = (
+    "$o = $v[:, :, 0].mean(-1)",
+    "$o = $v[..., 0].mean(-1)",
+    "$o = $v.reshape(1, $C, -1).mean(2).expand($N, -1)",
+    "$o = $v.reshape(1, $C, -1).mean(2)",
+    "$o = $v.transpose(0, 1).reshape($C, $N, -1).mean(2).t().flip(1)",
+    "$o = $v.flatten(2)[..., 1:].mean(2)",
+    "$o = $v.permute(1, 0, 2, 3).reshape($N, $C, -1).mean(2)",
+)
+TO_2D = (
+    "$o = $v.flatten(1)",
+    "$o = $v[:, :, 0, 0]",
+    "$o = $v.view($v.size(0), -1)",
+    "$o = $v.squeeze(-1).squeeze(-1)",
+    "$o = $v.reshape($v.shape[0], $v.shape[1])",
+)
+TO_4D = (
+    "$o = $v[:, :, None, None]",
+    "$o = $v[..., None, None]",
+    "$o = $v.unsqueeze(-1).unsqueeze(-1)",
+    "$o = $v.unsqueeze(2).unsqueeze(3)",
+    "$o = $v.reshape($v.shape[0], -1, 1, 1)",
+    "$o = $v.view($v.size(0), $v.size(1), 1, 1)",
+)
+LAYERS_4D = (
+    "$o = F.conv2d($v, $w, $b)",
+    "$o = F.conv2d($v, weight=$w, bias=$b, stride=1, padding=0)",
+    "$o = F.conv2d($v, $w)",
+    "$o = F.conv2d($v, $w) + $b.view(1, -1, 1, 1)",
+    "$o = $b[:, None, None] + torch.conv2d($v, $w, None)",
+)
+LAYERS_4D_WRONG = (
+    "$o = torch.add(F.conv2d($v, $w), $b.view(1, -1, 1, 1), alpha=0.5)",
+    "$o = F.conv2d($v, $w, $b) + 0.25",
+    "$o = F.conv2d($v, $w * 2.0, $b)",
+    "$o = F.conv2d($v, $w, $b, padding=1)[:, :, 1:2, 1:2]",
+    "$o = F.conv2d($v, $w) - $b.view(1, -1, 1, 1)",
+    "$o = F.conv2d($v, $w.detach(), $b)",
+    "$o = F.conv2d($v, $w, $b).div(2.0)",
+)
+LAYERS_2D = (
+    "$o = F.linear($v, $w, $b)",
+    "$o = F.linear($v, $w)",
+    "$o = $v @ $w.t() + $b",
+    "$o = torch.addmm($b, $v, $w.t())",
+    "$o = torch.mm($v, $w.T).add_($b)",
+    "$o = torch.matmul($v, $w.transpose(0, 1)) + $b",
+    "$o = torch.einsum('nc,rc->nr', $v, $w) + $b",
+)
+LAYERS_2D_WRONG = (
+    "$o = torch.addmm($b, $v, $w.t(), beta=0.5)",
+    "$o = torch.addmm($b, $v, $w.t(), alpha=2.0)",
+    "$o = torch.addmm($v.new_ones($v.size(0), 1), $v, $w.t())",
+    "$o = torch.addmm($b[:1], $v, $w.t())",
+    "$o = torch.addmm($v.mean(1, keepdim=True).expand(-1, $w.shape[0]), $v, $w.t())",
+    "$o = torch.add($v @ $w.t(), $b, alpha=0.5)",
+    "$o = torch.sub($v @ $w.t(), $b)",
+    "$o = F.linear($v, $w, $b).flip(1)",
+    "$o = torch.bmm($v[None], $w.t()[None])[0] + $b",
+    "$o = F.linear($v.float(), $w.float(), $b.float()).double()",
+)
+ACTS = (
+    "$o = F.relu($v)",
+    "$o = F.relu($v, inplace=True)",
+    "$o = F.gelu($v)",
+    "$o = F.gelu($v, approximate='none')",
+    "$o = F.silu($v)",
+    "$o = F.silu($v, True)",
+    "$o = F.hardswish($v)",
+    "$o = $v * $v.sigmoid()",
+    "$o = F.gelu($v)",
+    "$o = F.silu($v)",
+)
+ACTS_WRONG = (
+    "$o = F.gelu($v, approximate='tanh')",
+    "$o = torch.tanh($v)",
+    "$o = F.leaky_relu($v, 0.1)",
+    "$o = F.threshold($v, 0.1, 0.0)",
+    "$o = $v * torch.sigmoid($v + 0.1)",
+    "$o = $v * F.hardsigmoid($v)",
+    "$o = F.dropout(F.gelu($v), 0.5, True)",
+    "$o = F.gelu($v).detach()",
+)
+GATES = (
+    "$o = torch.sigmoid($v)",
+    "$o = $v.sigmoid()",
+    "$o = $v.sigmoid_()",
+    "$o = F.sigmoid($v)",
+    "$o = F.hardsigmoid($v)",
+    "$o = F.hardsigmoid($v, True)",
+    "$o = F.relu6($v + 3.0) / 6.0",
+    "$o = F.relu6(3 + $v) / 6",
+    "$o = F.relu6($v + 3, inplace=True).div_(6.0)",
+    "$o = ($v + 3.0).clamp(0, 6) / 6",
+    "$o = torch.clamp($v + 3, min=0.0, max=6.0) * (1 / 6)",
+    "$o = F.hardtanh($v + 3, 0.0, 6.0) / 6",
+    "$o = torch.div(F.relu6(torch.add($v, 3.0)), 6.0)",
+)
+GATES_WRONG = (
+    "$o = F.relu6(torch.add($v, 3.0, alpha=2)) / 6",
+    "$o = F.relu6(torch.add($v, 3.0)).div(6.0, rounding_mode='floor') + 0.1 * $v",
+    "$o = ($v + 3).clamp(0, 5) / 6",
+    "$o = ($v + 3).clamp(min=0) / 6",
+    "$o = F.relu6($v + 2.5) / 6",
+    "$o = F.hardtanh($v + 3, -1.0, 6.0) / 6",
+    "$o = 1.0 - torch.sigmoid($v)",
+    "$o = torch.sigmoid($v) * 2.0",
+    "$o = torch.sigmoid($v * 0.5)",
+    "$o = torch.softmax($v, 1)",
+    "$o = torch.sigmoid($v).flip(1)",
+    "$o = torch.sigmoid($v)[:1]",
+    "$o = torch.sigmoid($v).mean(1, keepdim=True)",
+    "$o = torch.sigmoid($v).roll(1, 0)",
+    "$o = torch.sigmoid($v).detach()",
+    "$o = torch.sigmoid($v).float()",
+    "$o = 6 / F.relu6($v + 9)",
+    "$o = (3 - $v).clamp(0, 6) / 6",
+)
+PRODUCTS = (
+    "$o = $v * $e",
+    "$o = $e * $v",
+    "$o = torch.mul($v, $e)",
+    "$o = $v.mul($e)",
+    "$o = torch.multiply($e, $v)",
+    "$o = $v * $e.expand_as($v)",
+    "$o = $e.expand(-1, -1, $H, $W) * $v",
+    "$o = $v.mul_($e)",
+    "$v *= $e; $o = $v",
+    "$o = torch.addcmul(r, $v, $e)",
+    "$o = torch.addcmul(r, $e, $v, value=1)",
+)
+PRODUCTS_WRONG = (
+    "$o = torch.addcmul(r, $v, $e, value=2)",
+    "$o = torch.addcmul($v, $v, $e)",
+    "$o = torch.addcmul($e, $v, $e)",
+    "$o = torch.addcmul(a, $v, $e)",
+    "$o = (r * 1.0).addcmul_($v, $e)",
+    "k = r * 1.0; k.addcmul_($v, $e); $o = $v * 2.0; s = k.sum()",
+    "k = torch.empty_like($v); torch.mul($v, $e, out=k); $o = k",
+    "k = $v.detach() * 0; torch.mul($v, $e, out=k); $o = $v * 1.0; s = k * 1.0",
+    "$o = $v * ($e + $e)",
+    "$o = $v.flip(2) * $e",
+    "$o = $v.roll(1, 0) * $e",
+    "$o = r * $e",
+    "$o = a * $e",
+    "$o = $v.detach() * $e",
+    "$o = $v[:1] * $e",
+    "$o = $v.float() * $e",
+    "$o = torch.mul($v, $e).float()",
+    "k = $v[:, :$C]; k *= $e; $o = $v",
+    "$o = torch.where($v > 0, $v, 0.5) * $e",
+)
+SUMS = (
+    "$o = $v + r",
+    "$o = r + $v",
+    "$o = torch.add($v, r)",
+    "$o = $v.add(r)",
+    "$o = $v.add_(r)",
+    "$v += r; $o = $v",
+    "$o = $v + a",
+    "$o = torch.add(r, $v, alpha=1)",
+)
+SUMS_WRONG = (
+    "$o = torch.add($v, r, alpha=2)",
+    "$o = torch.add(r, $v, alpha=0.5)",
+    "$o = $v + r.mean((2, 3), keepdim=True)",
+    "$o = $v + r[:1]",
+    "$o = $v - r",
+    "$o = $v + $v",
+    "$o = (r * 1.0).add_($v)",
+    "$o = torch.rsub($v, r)",
+    "$o = $v + r.float()",
+    "$o = $v + y",
+    "$o = $v + r.detach()",
+    "$o = $v + r.transpose(2, 3).reshape($N, $C, $H, $W)",
+)
+OUT_ACTS = (
+    "$o = F.relu($v)",
+    "$o = torch.relu($v)",
+    "$o = F.relu($v, inplace=True)",
+    "$o = $v.relu_()",
+    "$o = $v.relu()",
+)
+OUT_ACTS_WRONG = (
+    "$o = F.leaky_relu($v, 0.1)",
+    "$o = F.relu6($v)",
+    "$o = $v.clamp(min=0.0)",
+    "$o = F.relu($v).float()",
+    "$o = F.relu($v.detach())",
+    "$o = F.rrelu($v, 0.1, 0.1)",
+)

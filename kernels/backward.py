@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import stored
 from .backward_kernels import dx_kernel, excite_gradients_kernel, hidden_gradient_kernel, reduce_kernel
-from .config import EXCITE_MAXNREG, Pieces, SweepConfig, dot_precision, excite_blocks, launch_options
+from .config import EXCITE_MAXNREG, GRADIENTS_MAXNREG, Pieces, SweepConfig, dot_precision, excite_blocks, launch_options
 from .forward import BatchNorm, Excitation, matrix
 from .layout import as_dense, as_layout_of, geometry
 from .schedule import counters
@@ -58,8 +58,6 @@ class Gradients:
 Reduce = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
-import os
-BLOCK_M=int(os.environ.get('BM','32')); EXCITE_MAXNREG=int(os.environ.get('MR','168'))
 def backward(
     dy: Tensor,
     saved: Saved,
@@ -187,15 +185,16 @@ class _Pass:
             hidden_gradient_kernel[(tiles * n_chunks,)](
                 w2_ptr=self.w2, chunks_ptr=self._vectors(n_chunks, n, r), counters_ptr=counters(self.x.device, tiles),
                 n_chunks=n_chunks, HAS_G0=self.n_sums != 2, GATE_FN=self.excitation.gate,
-                BLOCK_K=block_k, CHUNK=chunk, **shared, **launch_options(4),
+                BLOCK_K=block_k, CHUNK=chunk, **shared, **launch_options(4, EXCITE_MAXNREG),
             )  # fmt: skip
         # One program owns BLOCK_G channels of dq, D1 and D2, or a (BLOCK_R, BLOCK_G) tile of dW1 and dW2.
         excite_gradients_kernel[(tiles_g * (1 + tiles_r),)](
             squeezed_ptr=self.saved.squeezed, w1_ptr=self.w1, dq_ptr=dq,
             dweight_ptr=gradients.dweight, dbias_ptr=gradients.dbias,
             dw1_ptr=gradients.dw1, db1_ptr=gradients.db1, dw2_ptr=gradients.dw2, db2_ptr=gradients.db2,
-            HW=h * w, tiles_g=tiles_g, SQUEEZED_IS_X=self.n_sums == 2, BLOCK_M=BLOCK_M, BLOCK_G=block_g, **self.statistics, **shared,
-            **launch_options(int(os.environ.get("NW","4")), EXCITE_MAXNREG), **({"num_stages":int(os.environ["NS"])} if "NS" in os.environ else {}),
+            HW=h * w, tiles_g=tiles_g, SQUEEZED_IS_X=self.n_sums == 2, BLOCK_M=16, BLOCK_G=block_g,
+            **self.statistics, **shared,
+            num_stages=2, **launch_options(8, GRADIENTS_MAXNREG),
         )  # fmt: skip
         return gradients, dq
 

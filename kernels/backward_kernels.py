@@ -119,7 +119,8 @@ def excite_gradients_kernel(
     excite_gradients(
         tl.program_id(0), sums_ptr, e_ptr, z1_ptr, squeezed_ptr, dz1_ptr, dz2_ptr, w1_ptr,
         weight_ptr, bias_ptr, mean_ptr, var_ptr, dq_ptr, dweight_ptr, dbias_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr,
-        N, C, HW, R, SPLITS, tiles_n, tiles_r, tiles_g, eps, SQUEEZED_IS_X, ACT, PRECISION, BLOCK_N, BLOCK_M, BLOCK_R, BLOCK_G,
+        N, C, HW, R, SPLITS, tiles_n, tiles_r, tiles_g, eps,
+        SQUEEZED_IS_X, ACT, PRECISION, BLOCK_N, BLOCK_M, BLOCK_R, BLOCK_G,
     )  # fmt: skip
 
 

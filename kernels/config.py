@@ -22,6 +22,9 @@ GROUP_SHARE = 1 / 8
 # Registers a thread of the excitation's products may have. Left alone, ptxas spills: in the forward kernel at 80 where
 # SE alone needs 98 and the products of 64 hidden units 150, in the gradients' at 128 of 162 for sm_120.
 EXCITE_MAXNREG = 168
+# And those of its gradients, of eight warps: five sums of each element have an address each. Sums over images take 16
+# of them at a time, and two stages of the loop: with 64 and three, 1,000 bytes a thread were spilled.
+GRADIENTS_MAXNREG = 255
 
 
 @dataclass(frozen=True)

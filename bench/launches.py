@@ -11,6 +11,10 @@ from setriton.kernels.config import ForwardConfig, SweepConfig, backward_config,
 from setriton.kernels.forward import BatchNorm, Excitation, forward
 
 
+# Of an H100, for which the groups of evaluation are cut; the code is the same for any other.
+L2_BYTES = 50 << 20
+
+
 @dataclass(frozen=True)
 class Form:
     """What an operation does, and how many launches its forward pass is cut into."""
@@ -59,7 +63,8 @@ def step(
     bn = BatchNorm(vector, vector, vector, vector, 1e-5, form.bn_act) if form.has_bn else None
     residual = x if form.residual else None
     has_backward = form.training
-    picked = forward_as or dataclasses.replace(forward_config(x, form.has_bn and form.training), launches=form.launches)
+    chosen = forward_config(x, form.has_bn and form.training, L2_BYTES)
+    picked = forward_as or dataclasses.replace(chosen, launches=form.launches)
 
     def run() -> None:
         relu = "relu" if form.residual else "identity"

@@ -187,7 +187,7 @@ class _Reader:
         if not is_vector_of(node, source):
             raise Refused(f"{told(node)} is not one number a channel of each image")
         self._take(node)
-        return source  # type: ignore[no-any-return]
+        return source
 
 
 def _divided(op: Op) -> Node | None:
@@ -236,4 +236,3 @@ def is_pool(node: Node, names: tuple[str, ...] = POOLS) -> bool:
     """Whether a node's value is a map's mean or maximum over its pixels."""
     op = read(node)
     return op.name in names and is_map(op["input"]) and vector(node) is not None and "norm" not in name_of(node)
-

@@ -25,7 +25,7 @@ def se_pair(act: str = "gelu", gate: str = "sigmoid") -> tuple[list[Tensor], Fun
     return (
         tensors,
         lambda *t: setriton.squeeze_excite(*t, act=act, gate=gate),
-        lambda *t: naive_squeeze_excite(*t, act, gate),
+        lambda x, w1, b1, w2, b2: naive_squeeze_excite(x, w1, b1, w2, b2, act, gate),
     )
 
 

@@ -10,7 +10,6 @@ from setriton.kernels.backward import Saved, backward
 from setriton.kernels.config import ForwardConfig, SweepConfig, backward_config, forward_config
 from setriton.kernels.forward import BatchNorm, Excitation, forward
 
-
 # Of an H100, for which the groups of evaluation are cut; the code is the same for any other.
 L2_BYTES = 50 << 20
 

@@ -122,7 +122,7 @@ class _Reader:
             layer, found, taken = read_layer(node, self._strip)
         except Refused:
             if read(node).name == "add":
-                _refuse_sum(node)
+                _refuse_sum(node, self.x)
             raise
         self._take(*taken)
         return layer, found
@@ -138,7 +138,7 @@ class _Reader:
             return self._pooled(node, op["input"])
         if op.name != "mean":
             if op.name == "add":
-                _refuse_sum(node)
+                _refuse_sum(node, self.x)
             refuse(node, "where a mean over height and width was expected")
         if op["dtype"] is not None:
             raise Refused(f"the mean is taken in {op['dtype']}")
@@ -207,7 +207,7 @@ def _covers_map(op: Op) -> bool:
     return are_same(sizes * (3 - len(sizes)), shape[2:])
 
 
-def _refuse_sum(node: Node) -> None:
+def _refuse_sum(node: Node, x: Node) -> None:
     """Name the kin of SE that add a second squeeze, or its excitation, to the first."""
-    if any(is_pool(found, MAXIMA) for found in behind(node)):
+    if any(is_pool(found, MAXIMA) for found in behind(node, x)):
         raise Refused("the map's maximum is added to its mean")

@@ -19,7 +19,7 @@ def kin(node: Node, x: Node, gate: Node) -> str | None:
     shape = shape_of(gate)
     if shape is None or not 3 <= rank(x) <= 5 or rank(x) != len(shape) or not is_spatial(x):
         return None
-    pools, layers, contexts = _made_of(gate)
+    pools, layers, contexts = _made_of(gate, x)
     is_vector = not is_spatial(gate)
     if read(node).name == "add":
         return "what is made of the map's context is added to it" if is_vector and layers and contexts else None
@@ -34,10 +34,10 @@ def kin(node: Node, x: Node, gate: Node) -> str | None:
     return None
 
 
-def _made_of(gate: Node) -> tuple[bool, bool, bool]:
+def _made_of(gate: Node, x: Node) -> tuple[bool, bool, bool]:
     """Whether pooled maps, layers over channels, and sums weighted by attention are behind a gate."""
     pools = layers = contexts = False
-    for node in behind(gate):
+    for node in behind(gate, x):
         name = name_of(node)
         is_product = name in ("matmul", "mm", "bmm", "addmm", "einsum")
         pools |= is_pool(node)

@@ -5,8 +5,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from parts import C, H, N, Parts, W, compared
+from graphs import rewriting
+from parts import Body, C, H, N, Parts, W, compared
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from setriton.compile.report import compile_report, reset_compile_report
 
 Write = Callable[[Tensor], object]
 
@@ -65,6 +69,13 @@ WRITES: dict[str, Write] = {
     "masked_fill_": lambda v: v.masked_fill_(v > 0.1, 0.2),
     "leaky_relu": lambda v: F.leaky_relu(v, 0.1, True),
     "dropout": lambda v: F.dropout(v, 0.5, True, True),
+    "scatter_": lambda v: v.scatter_(1, torch.zeros(N, 1, H, W, dtype=torch.long), 2.0),
+    "indexed": lambda v: v.__setitem__(torch.tensor([0]), 0.5),
+    "uniform_": lambda v: v.uniform_(),
+    "foreach copy": lambda v: torch._foreach_copy_([v], [v.flip(1)]),
+    "set_": lambda v: v.set_(v.flip(1)),
+    "transpose_": lambda v: v.transpose_(2, 3).mul_(0.5).transpose_(2, 3),
+    "checkpoint": lambda v: checkpoint(lambda t: t.add_(1.0), v, use_reentrant=False),
     "aten": lambda v: torch.ops.aten.mul_.Scalar(v, 0.5),
     "an operation of others": halve_,
     "without gradients": _without_grad,
@@ -154,6 +165,58 @@ def test_a_part_written_by_the_product() -> None:
     for body in (part, view_as_residual, given, gate_again):
         report = compared(body)
         assert (len(report.left), report.replaced) == (1, []), body.__name__
+
+
+def test_inputs_that_share_memory() -> None:
+    """What does not disturb a block does where another input is a view of the map: it is compiled again."""
+
+    def body(s: Parts, x: Tensor, r: Tensor) -> Tensor:
+        e = s.gate(x)
+        r.add_(1.0)
+        return x * e
+
+    module, twin = Parts(body), Parts(body)
+    torch._dynamo.reset()
+    reset_compile_report()
+    compiled = torch.compile(twin, backend=rewriting, fullgraph=True)
+    with torch.no_grad():
+        for other in (torch.ones_like, lambda x: x, lambda x: x[:, :2], lambda x: x.view(-1)):
+            x = torch.linspace(-1, 1, N * C * H * W, dtype=torch.float64).view(N, C, H, W)
+            y = x.clone()
+            torch.testing.assert_close(compiled(x, other(x)), module(y, other(y)))
+            torch.testing.assert_close(x, y)
+    assert [match.reason is None for match in compile_report()][:2] == [True, False]
+
+
+def _mapped(s: Parts, x: Tensor, r: Tensor) -> Tensor:
+    def norm_and_excite(t: Tensor) -> Tensor:
+        y = F.batch_norm(t, s.bn.running_mean, s.bn.running_var, s.bn.weight, s.bn.bias)
+        return y * s.gate(y)
+
+    return torch.vmap(norm_and_excite)(torch.stack([x, r]))
+
+
+TRANSFORMED: dict[str, Body] = {
+    "vmap": _mapped,
+    "grad": lambda s, x, r: torch.func.grad(lambda t: (t * s.gate(t)).sum())(x),
+    "vjp": lambda s, x, r: torch.func.vjp(lambda t: t * s.gate(t), x)[1](r)[0],
+    "jvp": lambda s, x, r: torch.func.jvp(lambda t: t * s.gate(t), (x,), (r,))[1],
+}
+
+
+@pytest.mark.parametrize("body", TRANSFORMED.values(), ids=TRANSFORMED.keys())
+def test_function_transforms(body: Body) -> None:
+    assert {match.reason for match in compared(body)} == {"inside of a function transform"}
+
+
+def test_what_cannot_be_run_without_data_may_write_all() -> None:
+    def body(s: Parts, x: Tensor, r: Tensor) -> Tensor:
+        y = x * 1.0
+        e = s.gate(y)
+        k = torch.cond(y.sum() > 0, lambda t: t + 1, lambda t: t - 1, (y,))
+        return y * e + k
+
+    assert [match.reason for match in compared(body)] == ["cond changes an input of the block in place"]
 
 
 READERS: dict[str, Callable[[Tensor], Tensor]] = {

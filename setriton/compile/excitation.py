@@ -1,6 +1,5 @@
 """The excitation, read backwards: gate <- layer <- activation <- layer <- squeeze of the map."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +9,9 @@ from setriton.reference import ACTS
 
 from .effects import value_of
 from .layers import Layer, Refused, read_layer, refuse, told
+from .pools import MAXIMA, POOLS, behind, is_pool
 from .shapes import are_same, axes, is_map, is_vector_of, rank, same_dtype, same_shape, shape_of, vector
-from .spelling import FLATTENED, VIEWS, Op, is_full_slice, name_of, read
-
-_MAXIMA = ("adaptive_max_pool2d", "amax")
-_MEANS = ("mean", "adaptive_avg_pool2d", "avg_pool2d")
-POOLS = (*_MEANS, *_MAXIMA)
-# Nodes between a gate and its squeeze: seven as most networks write it, three times as many as some do.
-_REACH = 32
+from .spelling import FLATTENED, VIEWS, Op, is_full_slice, read
 
 
 @dataclass(frozen=True)
@@ -46,19 +40,6 @@ def read_excitation(gate: Node, x: Node) -> tuple[Excitation, set[Node]]:
         sizes = f"{fc1.inputs} to {fc1.outputs} and {fc2.inputs} to {fc2.outputs} channels"
         raise Refused(f"layers of {sizes} for a map of {channels}")
     return excitation, reader.inner
-
-
-def behind(gate: Node, reach: int = _REACH) -> Iterator[Node]:
-    """The node and those that it is made of, back to the maps and the inputs."""
-    todo, seen = [gate], {gate}
-    while todo and len(seen) < reach:
-        node = todo.pop()
-        yield node
-        if is_map(node) and vector(node) is None and node is not gate:
-            continue
-        parents = [parent for parent in node.all_input_nodes if parent.op.startswith("call") and parent not in seen]
-        todo += parents
-        seen.update(parents)
 
 
 class _Reader:
@@ -141,7 +122,7 @@ class _Reader:
             layer, found, taken = read_layer(node, self._strip)
         except Refused:
             if read(node).name == "add":
-                _refuse_sum(node)
+                _refuse_sum(node, self.x)
             raise
         self._take(*taken)
         return layer, found
@@ -149,7 +130,7 @@ class _Reader:
     def _squeezed(self, node: Any) -> Node:
         """The map that is squeezed, which has been one of vectors from here on."""
         op = read(node)
-        if op.name in _MAXIMA:
+        if op.name in MAXIMA:
             raise Refused("the map is squeezed to its maximum")
         if op.name == "avg_pool2d" and not _covers_map(op):
             raise Refused("avg_pool2d over a part of the map")
@@ -157,7 +138,7 @@ class _Reader:
             return self._pooled(node, op["input"])
         if op.name != "mean":
             if op.name == "add":
-                _refuse_sum(node)
+                _refuse_sum(node, self.x)
             refuse(node, "where a mean over height and width was expected")
         if op["dtype"] is not None:
             raise Refused(f"the mean is taken in {op['dtype']}")
@@ -226,13 +207,7 @@ def _covers_map(op: Op) -> bool:
     return are_same(sizes * (3 - len(sizes)), shape[2:])
 
 
-def _refuse_sum(node: Node) -> None:
+def _refuse_sum(node: Node, x: Node) -> None:
     """Name the kin of SE that add a second squeeze, or its excitation, to the first."""
-    if any(is_pool(found, _MAXIMA) for found in behind(node)):
+    if any(is_pool(found, MAXIMA) for found in behind(node, x)):
         raise Refused("the map's maximum is added to its mean")
-
-
-def is_pool(node: Node, names: tuple[str, ...] = POOLS) -> bool:
-    """Whether a node's value is a map's mean or maximum over its pixels."""
-    op = read(node)
-    return op.name in names and is_map(op["input"]) and vector(node) is not None and "norm" not in name_of(node)

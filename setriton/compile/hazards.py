@@ -15,7 +15,7 @@ from .spelling import fake, reads_shape
 
 def hazard(block: Block, effects: Effects) -> str | None:
     """Why replacing a block would change a result, a gradient, or what is written; None where it would not."""
-    checks = (_of_inputs, _of_modes, _of_writes_meanwhile, _of_writes_in_place, _of_writes_afterwards)
+    checks = (_of_modes, _of_inputs, _of_writes_meanwhile, _of_writes_in_place, _of_writes_afterwards)
     return next((reason for check in checks if (reason := check(block, effects)) is not None), None)
 
 

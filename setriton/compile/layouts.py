@@ -12,7 +12,7 @@ from .effects import Effects, undisturbed
 from .shapes import are_same, is_same
 from .spelling import fake
 
-_LAYOUTS = (None, torch.channels_last, torch.contiguous_format)
+_DENSE = (torch.channels_last, torch.contiguous_format)
 
 
 def settle(block: Block, effects: Effects, replacement: Callable[[Graph, Block], Node]) -> str | None:
@@ -26,9 +26,12 @@ def settle(block: Block, effects: Effects, replacement: Callable[[Graph, Block],
     Returns:
         Why there is none, or why the replacement cannot be run; None where it has the same form.
     """
-    want = fake(block.output)
+    x, want = fake(block.x), fake(block.output)
+    assert x is not None
     assert want is not None
-    for layout in _LAYOUTS:
+    # Of other strides the operation makes a copy itself, in a layout that must not depend on what they are.
+    is_dense = any(x.is_contiguous(memory_format=layout) for layout in _DENSE)
+    for layout in (None, *_DENSE) if is_dense else _DENSE:
         block.layout = layout
         try:
             found = _result(block, effects, replacement)

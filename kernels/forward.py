@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from . import stored
-from .config import ForwardConfig, Pieces, dot_precision, excite_blocks, launch_options
+from .config import UNALIGNED_MAXNREG, ForwardConfig, Pieces, dot_precision, excite_blocks, launch_options
 from .forward_kernel import forward_kernel
 from .layout import as_dense, as_layout_of, geometry, packed_shape
 from .schedule import APPLY, FINALIZE, GATE, HIDDEN, SQUEEZE, STATISTICS, counters, counters_of
@@ -106,6 +106,12 @@ def forward(
             if merge is not None and last == FINALIZE:
                 launch.use_statistics(*merge(*launch.statistics(), x.numel() // x.shape[1]))
     return launch.results
+
+
+def _registers(config: ForwardConfig, channels: int, hidden: int) -> int | None:
+    """Registers a thread may have, of a configuration that does not know the hidden width."""
+    is_aligned = channels % 16 == 0 or hidden % 16 == 0
+    return config.maxnreg if config.maxnreg is None or is_aligned else max(config.maxnreg, UNALIGNED_MAXNREG)
 
 
 class _Launch:
@@ -210,7 +216,7 @@ class _Launch:
             "BLOCK_C": config.block_c,
             "BLOCK_P": 64,
             "BLOCK_F": 16,
-            **launch_options(config.num_warps, config.maxnreg),
+            **launch_options(config.num_warps, _registers(config, c, r)),
         }
 
     def cuts(self) -> list[tuple[int, int]]:

@@ -23,8 +23,8 @@ GROUP_SHARE = 1 / 8
 # Registers a thread of the excitation's products may have. Left alone, ptxas spills: in the forward kernel at 80 where
 # SE alone needs 98 and the products of 64 hidden units 150, in the gradients' at 128 of 162 for sm_120.
 EXCITE_MAXNREG = 168
-# Where neither C nor R is a multiple of 16, each element has an address and a mask: 72 bytes a thread more.
-UNALIGNED_MAXNREG = 208
+# Where neither C nor R is a multiple of 16, each element has an address and a mask: more registers, for fewer images.
+UNALIGNED_MAXNREG, UNALIGNED_IMAGES = 208, 32
 # And those of its gradients, of eight warps: five sums of each element have an address each. Sums over images take 16
 # of them at a time, and two stages of the loop: with 64 and three, 1,000 bytes a thread were spilled.
 GRADIENTS_MAXNREG = 255

@@ -41,6 +41,15 @@ EFFICIENTNET = (
     Shape(672, 14, 28),
     Shape(1152, 7, 48),
 )
+# Behind the depthwise convolutions of MobileNetV3-large: ReLU, then hard swish from 480 channels on.
+MOBILENETV3 = (
+    Shape(72, 28, 24),
+    Shape(120, 28, 32),
+    Shape(480, 14, 120),
+    Shape(672, 14, 168),
+    Shape(672, 7, 168),
+    Shape(960, 7, 240),
+)
 
 
 @dataclass(frozen=True)

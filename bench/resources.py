@@ -4,7 +4,7 @@ import contextlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,19 @@ class Resources:
     widest_access: int
 
 
+@dataclass(frozen=True)
+class Program:
+    """A kernel with all that is compiled into it."""
+
+    source: ASTSource
+    options: dict[str, Any]
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Of equal programs, the same."""
+        return self.source.hash(), repr(sorted(self.options.items()))
+
+
 def resources(function: Callable[[], Any], target: str) -> list[Resources]:
     """Compile every kernel that `function` launches for `target`, without launching it.
 
@@ -63,12 +76,46 @@ def resources(function: Callable[[], Any], target: str) -> list[Resources]:
     Raises:
         ValueError: the target is unknown.
     """
+    return [compile_for(program, target) for program in programs(function, target)]
+
+
+def programs(function: Callable[[], Any], target: str) -> list[Program]:
+    """What `resources` would compile; equal keys are the same machine code.
+
+    Raises:
+        ValueError: the target is unknown.
+    """
     if target not in TARGETS:
         raise ValueError(f"target must be one of {', '.join(TARGETS)}; got {target!r}")
     is_amd = TARGETS[target].backend == "hip"
     with _recorded_launches() as launches, mock.patch.object(config, "is_amd", return_value=is_amd):
         function()
-    return [_compile(kernel, arguments, options, target) for kernel, arguments, options in launches]
+    return [Program(_source(kernel, arguments), options) for kernel, arguments, options in launches]
+
+
+def worst(functions: Iterable[Callable[[], Any]], target: str) -> dict[str, tuple[int, Resources]]:
+    """Of all programs of functions, compiled once each: how many there are of each kernel, and the most each needs.
+
+    Raises:
+        ValueError: the target is unknown.
+    """
+    found: dict[str, tuple[int, Resources]] = {}
+    distinct = {program.key: program for function in functions for program in programs(function, target)}
+    for program in distinct.values():
+        row = compile_for(program, target)
+        count, most = found.get(row.kernel, (0, row))
+        found[row.kernel] = (
+            count + 1,
+            Resources(
+                row.kernel,
+                target,
+                max(row.registers, most.registers),
+                max(row.spilled, most.spilled),
+                max(row.shared, most.shared),
+                min(row.widest_access, most.widest_access),
+            ),
+        )
+    return found
 
 
 Launch = tuple[JITFunction, dict[str, Any], dict[str, Any]]
@@ -87,7 +134,7 @@ def _recorded_launches() -> Iterator[list[Launch]]:
         yield launches
 
 
-def _compile(kernel: JITFunction, arguments: dict[str, Any], options: dict[str, Any], target: str) -> Resources:
+def _source(kernel: JITFunction, arguments: dict[str, Any]) -> ASTSource:
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
@@ -97,11 +144,15 @@ def _compile(kernel: JITFunction, arguments: dict[str, Any], options: dict[str, 
             constants[(index,)] = value
         elif not parameter.do_not_specialize and _is_aligned(value):
             attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=TARGETS[target], options=options)
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def compile_for(program: Program, target: str) -> Resources:
+    """What one program needs of a target."""
+    compiled = triton.compile(program.source, target=TARGETS[target], options=program.options)
     registers, spilled = _registers(compiled.asm, target)
     return Resources(
-        kernel=kernel.__name__,
+        kernel=program.source.fn.__name__,
         target=target,
         registers=registers,
         spilled=spilled,

@@ -1,5 +1,6 @@
 """Configurations of the launches: tiles by the size and layout of a map, and what the excitation's products have."""
 
+import dataclasses
 import functools
 from dataclasses import dataclass, field
 
@@ -22,6 +23,8 @@ GROUP_SHARE = 1 / 8
 # Registers a thread of the excitation's products may have. Left alone, ptxas spills: in the forward kernel at 80 where
 # SE alone needs 98 and the products of 64 hidden units 150, in the gradients' at 128 of 162 for sm_120.
 EXCITE_MAXNREG = 168
+# Where neither C nor R is a multiple of 16, each element has an address and a mask: more registers, for fewer images.
+UNALIGNED_MAXNREG, UNALIGNED_IMAGES = 208, 32
 # And those of its gradients, of eight warps: five sums of each element have an address each. Sums over images take 16
 # of them at a time, and two stages of the loop: with 64 and three, 1,000 bytes a thread were spilled.
 GRADIENTS_MAXNREG = 255
@@ -96,8 +99,13 @@ def forward_config(x: Tensor, training: bool, l2_bytes: int) -> ForwardConfig:
 
 
 def backward_config(x: Tensor, has_act: bool) -> SweepConfig:
-    """Behind an activation five sums are kept, not two: smaller tiles keep them in registers."""
-    return sweep_config(x, TILE_ELEMENTS // 2, 2 * TILES_PER_PIECE) if has_act else sweep_config(x)
+    """Behind an activation five sums are kept, not two: smaller tiles keep them in registers, and a limit where rows
+    have no common alignment, for ptxas stops at 128 and spills."""
+    if not has_act:
+        return sweep_config(x)
+    row = x.shape[1] if is_channels_last(x) else x.shape[2] * x.shape[3]
+    found = sweep_config(x, TILE_ELEMENTS // 2, 2 * TILES_PER_PIECE)
+    return dataclasses.replace(found, maxnreg=EXCITE_MAXNREG) if row % 16 else found
 
 
 def excite_blocks(images: int, r: int) -> dict[str, int]:

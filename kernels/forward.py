@@ -13,7 +13,15 @@ import triton
 from torch import Tensor
 
 from . import stored
-from .config import ForwardConfig, Pieces, dot_precision, excite_blocks, launch_options
+from .config import (
+    UNALIGNED_IMAGES,
+    UNALIGNED_MAXNREG,
+    ForwardConfig,
+    Pieces,
+    dot_precision,
+    excite_blocks,
+    launch_options,
+)
 from .forward_kernel import forward_kernel
 from .layout import as_dense, as_layout_of, geometry, packed_shape
 from .schedule import APPLY, FINALIZE, GATE, HIDDEN, SQUEEZE, STATISTICS, counters, counters_of
@@ -134,7 +142,12 @@ class _Launch:
         group_images = max(1, config.group_kib * 1024 // max(c * hw * x.element_size(), 1)) if is_grouped else 2**31
         self.pieces = pieces = Pieces.of(hw, config.block_hw, config.tiles, group_images)
         # Where images do not depend on each other, neither may the tiles that compute one, in the last bit, on n.
-        self.blocks = blocks = excite_blocks(n if has_statistics else group_images, r)
+        at_once = n if has_statistics else group_images
+        is_aligned = c % 16 == 0 or r % 16 == 0
+        self.blocks = blocks = excite_blocks(at_once if is_aligned else min(at_once, UNALIGNED_IMAGES), r)
+        maxnreg = config.maxnreg
+        if maxnreg is not None and not is_aligned:
+            maxnreg = max(maxnreg, UNALIGNED_MAXNREG)
         self.group_images = max(1, min(n, group_images // pieces.images * pieces.images))
         part, z1, e = self._vectors(n, pieces.splits, c), self._vectors(n, r), self._vectors(n, c)
         squeezed = part[:, 0] if pieces.splits == 1 else self._vectors(n, c)
@@ -210,7 +223,7 @@ class _Launch:
             "BLOCK_C": config.block_c,
             "BLOCK_P": 64,
             "BLOCK_F": 16,
-            **launch_options(config.num_warps, config.maxnreg),
+            **launch_options(config.num_warps, maxnreg),
         }
 
     def cuts(self) -> list[tuple[int, int]]:

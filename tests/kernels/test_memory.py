@@ -188,6 +188,7 @@ def test_an_empty_grid_and_empty_tensors() -> None:
     x, y = torch.empty(0), torch.empty(0)
     _copy_kernel[(0,)](x, y, 0, 0, 0, BLOCK=8)
     copy(x, y, count=0)
+    fails("OutOfBounds", lambda: copy(torch.empty(0), y, count=1))
 
 
 def test_checks_may_be_nested() -> None:

@@ -118,3 +118,35 @@ def test_order_of_programs_matters_without_tickets() -> None:
     counter, out = torch.zeros(1, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
     with side_by_side(seed=0, resident=3, in_order=True), pytest.raises(Exception, match="get nowhere"):
         _reversed_kernel[(4,)](counter, out, 4)
+
+
+# A map (N, C, H, W), hidden units, and images a group: the last group has fewer tiles of images than a full one has.
+GROUPED = {
+    "130 images": ((130, 16, 2, 2), 1, 128),
+    "147 images": ((147, 24, 3, 1), 3, 85),
+    "MobileNetV3-large, last stage, scaled down": ((128, 40, 1, 1), 40, 83),
+}
+
+
+@pytest.mark.parametrize(("seed", "resident"), [(0, None), (1, 2), (2, 1)])
+@pytest.mark.parametrize(("shape", "hidden", "group"), GROUPED.values(), ids=GROUPED.keys())
+@pytest.mark.parametrize("bn_act", [None, "silu"])
+def test_last_groups_of_fewer_tiles(
+    shape: tuple[int, ...], hidden: int, group: int, bn_act: str | None, seed: int, resident: int | None
+) -> None:
+    """SE alone and BN-SiLU-SE in evaluation, one launch: every order ends, and none changes a bit."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator)
+
+    x = randn(*shape)
+    c = shape[1]
+    excitation = Excitation(randn(hidden, c), randn(hidden), randn(c, hidden), randn(c), "gelu", "sigmoid")
+    bn = None if bn_act is None else BatchNorm(randn(c), randn(c), randn(c), randn(c).exp(), 1e-5, bn_act)
+    bytes_of_group = group * x[0].nbytes
+    cut = config.ForwardConfig(8, 64, 64, 4, launches=1, group_kib=-(-bytes_of_group // 1024))
+    want = forward(x, excitation, bn, config=cut)
+    with side_by_side(seed, resident):
+        found = forward(x, excitation, bn, config=cut)
+    assert same(found, want)

@@ -71,7 +71,9 @@ def test_timms_extractors(feature_cls: str) -> None:
     found = list(found.values()) if isinstance(found, dict) else found
     assert model.feature_info.channels() == [16, 64]
     assert model.feature_info.reduction() == [1, 4]
-    assert all(torch.equal(f, w) for f, w in zip(found, want, strict=True))
+    # A graph of torch.fx calls each layer, where a block calls one operator: sums are in another order.
+    rtol = 1e-4 if feature_cls == "fx" else 0.0
+    torch.testing.assert_close(found, list(want), rtol=rtol, atol=rtol)
 
 
 def test_forward_intermediates() -> None:

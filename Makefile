@@ -24,13 +24,14 @@ SANITIZE ?= tests/kernels -k "empty_batch or layouts_of_input or mixed_dtypes or
 # Words of the faults that make mutants plants; unset, all of them.
 MUTANTS ?=
 
-.PHONY: help install demo test tests test-oldest lint kernels fuzz mutants gpu sanitize clean
+.PHONY: help install demo test tests test-oldest lint kernels fuzz candidates mutants gpu sanitize clean
 
 help:
 	@echo "make demo         train SE-ResNet-20 and its plain twin on real digits, draw their curves (minutes on two cores)"
 	@echo "make test         everything that needs no GPU: lint, types, kernels in Triton's interpreter, training, packaging"
 	@echo "make test-oldest  the same on torch 2.11, the oldest supported, but lint and types"
 	@echo "make fuzz         10,000 generated SE programs, rewritten and compared with eager PyTorch"
+	@echo "make candidates   every candidate of the autotuner in the interpreter, its memory and its schedules checked (half an hour)"
 	@echo "make mutants      plant faults one at a time and see that tests fail (minutes; MUTANTS=\"words of some\")"
 	@echo "make gpu          on a machine with a GPU: tests on it, then benchmarks into bench/results/<device>/"
 	@echo "make sanitize     on a machine with an NVIDIA GPU: some kernel tests in compute-sanitizer's memcheck and racecheck"
@@ -73,6 +74,10 @@ test-oldest:
 fuzz: $(INSTALLED)
 	@echo "== 10,000 generated programs against eager PyTorch; SETRITON_SEED chooses others"
 	SETRITON_PROGRAMS=$${SETRITON_PROGRAMS:-10000} $(PYTEST) -rP tests/compile/test_generated.py
+
+candidates: $(INSTALLED)
+	@echo "== every candidate that setriton tune may try for the networks' shapes, scaled down, in the interpreter (half an hour on two cores)"
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels -m full_autotune
 
 mutants: $(INSTALLED)
 	@echo "== faults of tests/mutants.toml, each planted in a copy of the tree: their tests must fail"

@@ -42,21 +42,21 @@ FORMS = {
 
 
 # Blocks of networks: their forms and maps. SENet-154 and SE-ResNet-152 have those of SE-ResNet-50.
-_RELU = {"bn_act": "relu", "gate": "hardsigmoid"}
-_HARDSWISH = {"bn_act": "hardswish", "gate": "hardsigmoid"}
-_SILU = {"bn_act": "silu", "act": "silu"}
+_RELU = Form(bn_act="relu", gate="hardsigmoid")
+_HARDSWISH = Form(bn_act="hardswish", gate="hardsigmoid")
+_SILU = Form(bn_act="silu", act="silu")
 # `bench ops` leaves out the maps behind EfficientNet's strides.
 _EFFICIENTNET = (*EFFICIENTNET, Shape(144, 28, 6), Shape(240, 14, 10), Shape(672, 7, 28))
 NETWORKS: dict[str, list[tuple[Form, tuple[Shape, ...]]]] = {
     "SE-ResNet-50, SENet-154": [(FORMS[name], RESNET) for name in ("tail, training", "tail, evaluation", "SE")],
     "EfficientNet-B0": [
-        (Form(**_SILU), _EFFICIENTNET),
-        (Form(**_SILU, training=False, launches=1), _EFFICIENTNET),
+        (_SILU, _EFFICIENTNET),
+        (dataclasses.replace(_SILU, training=False, launches=1), _EFFICIENTNET),
     ],
     "MobileNetV3-large": [
-        (Form(**act, training=training, launches=3 if training else 1), shapes)
+        (dataclasses.replace(form, training=training, launches=3 if training else 1), shapes)
         for training in (True, False)
-        for act, shapes in ((_RELU, MOBILENETV3[:2]), (_HARDSWISH, MOBILENETV3[2:]))
+        for form, shapes in ((_RELU, MOBILENETV3[:2]), (_HARDSWISH, MOBILENETV3[2:]))
     ],
 }
 # Tiles of the excitation's products are of 16, 32 and 64 images.

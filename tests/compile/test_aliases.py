@@ -73,7 +73,7 @@ WRITES: dict[str, Write] = {
     "indexed": lambda v: v.__setitem__(torch.tensor([0]), 0.5),
     "uniform_": lambda v: v.uniform_(),
     "foreach copy": lambda v: torch._foreach_copy_([v], [v.flip(1)]),
-    "set_": lambda v: v.set_(v.flip(1)),
+    "set_": lambda v: v.set_(v.flip(1)),  # type: ignore[call-overload]
     "transpose_": lambda v: v.transpose_(2, 3).mul_(0.5).transpose_(2, 3),
     "checkpoint": lambda v: checkpoint(lambda t: t.add_(1.0), v, use_reentrant=False),
     "aten": lambda v: torch.ops.aten.mul_.Scalar(v, 0.5),

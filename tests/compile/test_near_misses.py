@@ -66,7 +66,7 @@ def _matrix(shape: tuple[int, ...]) -> Body:
 REFUSED: dict[str, Body] = {
     "half a bias": lambda s, x, r: x
     * torch.sigmoid(torch.add(F.conv2d(F.gelu(s.fc1(x.mean((2, 3), keepdim=True))), s.fc2.weight),
-                              s.fc2.bias.view(1, C, 1, 1), alpha=0.5)),
+                              s.fc2.get_parameter("bias").view(1, C, 1, 1), alpha=0.5)),
     "thrice two": lambda s, x, r: x * (F.relu6(torch.add(logits(s, x), 3, alpha=2)) / 6),
     "rounded": lambda s, x, r: x * torch.div(F.relu6(logits(s, x) + 3), 6, rounding_mode="trunc"),
     "masked": lambda s, x, r: x * excite(s, torch.masked.mean(x, (2, 3), mask=x > 0.1).nan_to_num(0.0)),
@@ -119,7 +119,8 @@ FOUND: dict[str, Body] = {
     "number first": lambda s, x, r: x * (F.relu6(3 + logits(s, x)) / 6),
     "hard gate, factor first": lambda s, x, r: x * ((1 / 6) * F.relu6(3.0 + logits(s, x))),
     "row bias": lambda s, x, r: x
-    * torch.sigmoid(torch.addmm(s.fc2.bias[None], F.gelu(F.linear(x.mean((2, 3)), s.fc1.weight.flatten(1))),
+    * torch.sigmoid(torch.addmm(s.fc2.get_parameter("bias")[None],
+                                F.gelu(F.linear(x.mean((2, 3)), s.fc1.weight.flatten(1))),
                                 s.fc2.weight.flatten(1).t()))[:, :, None, None],
     "of a chunk": lambda s, x, r: _of_a_chunk(s, torch.cat([x, r], 1)),
     "transposed": lambda s, x, r: _in_strides(s, x.transpose(2, 3).contiguous().transpose(2, 3)),

@@ -161,8 +161,9 @@ def _fill(found: Config, case: Case, machine: Machine, most: int = 2**62) -> Con
     wanted = min(most, config.PIECES_PER_SM * machine.multiprocessors)
     if not KINDS[case.kind].is_per_image:
         return _shorten(found, case, wanted)
-    cut = _shorten(found, dataclasses.replace(case, n=config.USUAL_BATCH), wanted)
-    whole = max(1, -(-case.hw // cut.block_hw))
+    whole = max(1, -(-case.hw // found.block_hw))
+    # A map of two tiles is whole: its halves would gain little for one image, and be many for a hundred.
+    cut = _shorten(found, dataclasses.replace(case, n=config.USUAL_BATCH), wanted, min(whole, 2))
     return cut if cut.tiles < whole else _shorten(found, case, wanted, whole)
 
 

@@ -17,7 +17,7 @@ TILES_PER_PIECE = 16
 # Pieces wanted for each multiprocessor, twice what it runs at once, before a map is cut no further.
 PIECES_PER_SM = 12
 # Where an image's result must not depend on the batch, its map is cut as in a batch of so many.
-USUAL_BATCH = 64
+USUAL_BATCH = 32
 # Part of the L2 cache that one group of images may fill: two groups and what is written meanwhile are there at once.
 GROUP_SHARE = 1 / 8
 # Registers a thread of the excitation's products may have. Left alone, ptxas spills: in the forward kernel at 80 where

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from setriton.checks import check_choice, check_size
 from setriton.modules import SqueezeExcite
 from setriton.reference import accumulate_dtype
-from setriton.stock import is_traced, weight_and_bias
+from setriton.stock import Conv2d, is_traced, weight_and_bias
 
 from .base import Network, Options
 from .blocks import affine_se, init_weights, may_fuse
@@ -110,7 +110,7 @@ class ScaledResidual(Branches):
             skip, fork = None, False
         shortcut = x if skip is None or not self.only_reads() else skip.view_as(x)
         u, se = self.concatenated(x), self.se
-        if self.se_position == "standard" and may_fuse(se, self, u, conv2d=(self.conv2d, nn.Conv2d)):
+        if self.se_position == "standard" and may_fuse(se, self, u, conv2d=(self.conv2d, Conv2d)):
             return self._fused(u, se, shortcut, fork)
         u = self.conv2d(u)
         scale = self.scale

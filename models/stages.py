@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from setriton.stock import is_stock, is_traced, must_call
+from setriton.stock import BatchNorm2d, Conv2d, SyncBatchNorm, is_stock, is_traced, must_call
 
 Forked = Tensor | tuple[Tensor, Tensor | None]
 
@@ -80,7 +80,7 @@ def only_reads(module: nn.Module | None) -> bool:
     return kind in _READERS or bool(getattr(kind, "only_reads", False))
 
 
-_READERS = (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.AvgPool2d, nn.MaxPool2d)
+_READERS = (Conv2d, BatchNorm2d, SyncBatchNorm, nn.AvgPool2d, nn.MaxPool2d)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 

@@ -17,6 +17,7 @@ from torch.nn.modules import module as _module
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .convert_state import Unread
+from .stock import BatchNorm2d, Conv2d, SyncBatchNorm
 
 _HOOKS = tuple(name for name in vars(nn.Module()) if "hooks" in name)
 _SEED = 0x5E
@@ -55,14 +56,14 @@ def twin(module: nn.Module, seed: int | None = None, stand_ins: Collection[nn.Mo
     if set(map(id, copied.modules())) & set(map(id, module.modules())):
         raise Unread("cannot be copied: its copy holds modules of its own")
     for child in copied.modules():
-        if type(child) is nn.SyncBatchNorm:  # the same where there is one process, and runs on the CPU
-            cast(Any, child).__class__ = nn.BatchNorm2d
+        if type(child) is SyncBatchNorm:  # the same where there is one process, and runs on the CPU
+            cast(Any, child).__class__ = BatchNorm2d
     return copied
 
 
 def cheap_to_replace(module: nn.Module) -> bool:
     """Whether a module is a convolution whose place a stand-in can take."""
-    return type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    return type(module) is Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .stock import is_stock, must_call, why_called
+from .stock import BatchNorm2d, SyncBatchNorm, is_stock, must_call, why_all, why_called
 
 OF_MODULE = frozenset(vars(nn.Module()))
 _SIMPLE = (
@@ -127,7 +127,7 @@ def is_as_read(module: nn.Module, reads: tuple[Read, ...], x: Any) -> bool:
 def why_changed(module: nn.Module, reads: tuple[Read, ...], x: Any) -> str:
     """Of what `is_as_read` found, the first, in words."""
     if must_call(x):
-        return "it is traced by torch.fx" if isinstance(x, torch.fx.Proxy) else "hooks are registered for all modules"
+        return why_all(x)
     for path, kind, attributes, _, _ in reads:
         name = ".".join(path)
         child: Any = module
@@ -208,7 +208,7 @@ def _is_process_group(name: str, value: object) -> bool:
 
 def _is_read_at_call(module: nn.Module) -> bool:
     """BN's momentum, eps and the like are arguments of the fused call."""
-    return isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)
+    return isinstance(module, BatchNorm2d | SyncBatchNorm)
 
 
 def _is_same(value: Any, frozen: Any) -> bool:

@@ -17,7 +17,7 @@ from .convert_state import Left, reads_of
 from .convert_trace import BlockTracer, Plan, first_line, plain_function, require_not_called
 from .modules import SqueezeExcite, bn_se_forward
 from .reference import BN_ACTS
-from .stock import why_called
+from .stock import BatchNorm2d, SyncBatchNorm, why_called
 
 # Classes whose forward calls the same children in the same order, whatever the input and the mode.
 _BLOCKS = {
@@ -273,7 +273,7 @@ class BlockReader:
 
     def _is_batch_norm(self, node: Node) -> bool:
         module = self._module(node)
-        return isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) and _forward_name(module) in _BATCH_NORMS
+        return isinstance(module, BatchNorm2d | SyncBatchNorm) and _forward_name(module) in _BATCH_NORMS
 
     def _is_identity(self, node: Node) -> bool:
         function = self._function(node)

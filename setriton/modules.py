@@ -10,7 +10,7 @@ from .checks import check_choice, check_size
 from .functional import bn_squeeze_excite, bn_squeeze_excite_forked
 from .reference import ACTS, BN_ACTS, OUT_ACTS
 from .se import SqueezeExcite as SqueezeExcite
-from .stock import is_stock, must_call, report_calls, weight_and_bias, why_called
+from .stock import BatchNorm2d, ReLU, SyncBatchNorm, is_stock, must_call, report_calls, weight_and_bias, why_called
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -86,8 +86,8 @@ class BatchNormSqueezeExcite(nn.Module):
             ValueError: widths differ, or an option has no fused form.
         """
         # A subclass with a forward of its own, such as timm's BatchNormAct2d, computes something else.
-        is_stock = type(bn).forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
-        if not isinstance(bn, nn.BatchNorm2d | nn.SyncBatchNorm) or not is_stock:
+        is_stock = type(bn).forward in (BatchNorm2d.forward, SyncBatchNorm.forward)
+        if not isinstance(bn, BatchNorm2d | SyncBatchNorm) or not is_stock:
             raise TypeError(f"bn must be an nn.BatchNorm2d or nn.SyncBatchNorm; got {type(bn).__name__}")
         se = SqueezeExcite.from_module(se)
         if bn.num_features != se.fc1.in_channels:
@@ -150,7 +150,7 @@ def _name(step: Step) -> str | None:
     """What a fused forward calls a function; None where it has to be called."""
     if type(step) is str:
         return step
-    return "relu" if is_stock(step, nn.ReLU) else None
+    return "relu" if is_stock(step, ReLU) else None
 
 
 def _function(step: Step, x: Tensor) -> Callable[[Tensor], Tensor]:
@@ -161,14 +161,14 @@ def _function(step: Step, x: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _norm_class(bn: Any) -> type[nn.Module]:
-    return nn.SyncBatchNorm if isinstance(bn, nn.SyncBatchNorm) else nn.BatchNorm2d
+    return SyncBatchNorm if isinstance(bn, SyncBatchNorm) else BatchNorm2d
 
 
 def _report(owner: nn.Module, bn: Any, se: Any, x: Tensor, steps: dict[str, Step]) -> None:
     reasons = {"bn": why_called(bn, _norm_class(bn)), "se": why_called(se, SqueezeExcite)}
     if isinstance(se, SqueezeExcite):
         reasons |= {f"se.{name}": reason for name, reason in se.why_called().items()}
-    reasons |= {name: why_called(step, nn.ReLU) for name, step in steps.items() if _name(step) is None}
+    reasons |= {name: why_called(step, ReLU) for name, step in steps.items() if _name(step) is None}
     report_calls(owner, reasons, x)
 
 
@@ -248,6 +248,6 @@ def _process_group(bn: nn.Module) -> "ProcessGroup | None":
     """Whose ranks share statistics: nn.SyncBatchNorm's group, by default all ranks, in training mode."""
     import torch.distributed as dist
 
-    if not isinstance(bn, nn.SyncBatchNorm) or not bn.training or not dist.is_available() or not dist.is_initialized():
+    if not isinstance(bn, SyncBatchNorm) or not bn.training or not dist.is_available() or not dist.is_initialized():
         return None
     return bn.process_group or dist.group.WORLD

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .checks import check_choice, check_ratio, check_size
 from .functional import squeeze_excite
 from .reference import ACTS, GATES
-from .stock import is_stock, must_call, report_calls, weight_and_bias, why_called
+from .stock import Conv2d, count_entries, is_stock, must_call, report_calls, weight_and_bias, why_called
 
 # Classes of torch and timm by name: timm has its own of some, such as Sigmoid and HardSigmoid.
 _ACT_CLASSES = {"ReLU": "relu", "SiLU": "silu", "Swish": "silu", "GELU": "gelu", "Identity": "identity"}
@@ -109,7 +109,7 @@ class SqueezeExcite(nn.Module):
         fc1, fc2 = children.get("fc1"), children.get("fc2")
         act = children.get("act", children.get("activation"))
         gate = children.get("gate", children.get("scale_activation"))
-        if not isinstance(fc1, nn.Conv2d) or not isinstance(fc2, nn.Conv2d) or act is None or gate is None:
+        if not isinstance(fc1, Conv2d) or not isinstance(fc2, Conv2d) or act is None or gate is None:
             raise TypeError(f"module must be an SE block with convolutions fc1 and fc2, an act and a gate; got {name}")
         if not isinstance(children.get("bn", nn.Identity()), nn.Identity) or getattr(module, "add_maxpool", False):
             raise ValueError(f"module must have no normalization and no max pool; got {module}")
@@ -127,14 +127,17 @@ class SqueezeExcite(nn.Module):
         return ours.train(module.training)
 
 
+count_entries(SqueezeExcite(1, device="meta"))
+
+
 def is_pointwise(layer: Any) -> bool:
     """Whether a layer is a stock convolution of 1x1 windows and one group: a product with its weight."""
-    return is_stock(layer, nn.Conv2d) and _is_product(layer)
+    return is_stock(layer, Conv2d) and _is_product(layer)
 
 
 def why_convolved(layer: Any) -> str | None:
     """Why a layer is not `is_pointwise`; None if it is."""
-    reason = why_called(layer, nn.Conv2d)
+    reason = why_called(layer, Conv2d)
     return reason or (None if _is_product(layer) else f"{layer!r} in place of a 1x1 convolution")
 
 

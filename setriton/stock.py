@@ -4,21 +4,27 @@ A fused forward takes the parameters of layers and calls none of them. That is r
 the class does: adapters, pruning, hooks, observers, sharding and other classes all act on the call. So a fused forward
 asks first, at each call, and keeps nothing from one call to the next:
 
-    if not must_call(x) and is_stock(self.fc1, nn.Conv2d) and is_stock(self.fc2, nn.Conv2d):
+    if not must_call(x) and is_stock(self.fc1, Conv2d) and is_stock(self.fc2, Conv2d):
         return fused(...)                           # reads parameters, by weight_and_bias(self.fc1)
-    report_calls(self, {"fc1": why_called(self.fc1, nn.Conv2d), "fc2": why_called(self.fc2, nn.Conv2d)}, x)
+    report_calls(self, {"fc1": why_called(self.fc1, Conv2d), "fc2": why_called(self.fc2, Conv2d)}, x)
     return x * gate(self.fc2(act(self.fc1(...))))   # calls the children one after the other
 
-The check is a few look-ups, 0.4 us a layer; `weight_and_bias` saves 1 us beside two attributes of an nn.Module.
+The classes are torch's own, from here: what `torch.nn.Conv2d` names may be exchanged, as libraries of quantization do.
+The check is a few look-ups, 0.5 us a layer; `weight_and_bias` saves 1 us beside two attributes of an nn.Module.
 """
 
 import logging
 from collections.abc import Mapping
 from typing import Any, TypeGuard, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules import module as _module
+from torch.nn.modules.activation import ReLU as ReLU
+from torch.nn.modules.batchnorm import BatchNorm2d as BatchNorm2d
+from torch.nn.modules.batchnorm import SyncBatchNorm as SyncBatchNorm
+from torch.nn.modules.conv import Conv2d as Conv2d
 from torch.nn.utils import parametrize
 
 _M = TypeVar("_M", bound=nn.Module)
@@ -28,6 +34,25 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _TRACKER = "torch.utils.module_tracker"
 # functional_call puts plain tensors where parameters are.
 _PLAIN = frozenset((nn.Parameter, Tensor, type(None)))
+# Attributes that a class, its parameters or its buffers have, and a call would find in the instance first.
+_OF_CALL = (
+    "forward", "_conv_forward", "_check_input_dim", "_call_impl", "_wrapped_call_impl", "weight", "bias",
+    "running_mean", "running_var", "num_batches_tracked",
+)  # fmt: skip
+# How many entries an instance of a class has: where there are as many, nothing was added. A fifth of the time of a look
+# for each name.
+_SIZES: dict[type, int] = {}
+
+
+def _methods() -> tuple[Any, ...]:
+    """What calls of layers run."""
+    return (
+        nn.Module.__call__, nn.Module._call_impl, Conv2d.forward, Conv2d._conv_forward, BatchNorm2d.forward,
+        SyncBatchNorm.forward, ReLU.forward,
+    )  # fmt: skip
+
+
+_METHODS = _methods()
 _derived: dict[type, type] = {}
 _reported: set[tuple[str, str]] = set()
 
@@ -36,15 +61,15 @@ def is_stock(module: Any, kind: type[_M]) -> TypeGuard[_M]:
     """Whether `module` computes what `kind` does from its own parameters and attributes, and calling it does no more.
 
     Its class is `kind` itself, or that of a `kind` with parametrizations (`torch.nn.utils.parametrize`), or one that
-    `declare_stock` names. It has no hooks, no forward of its own, and was not compiled by itself; its parameters and
-    buffers are registered and plain, no subclass such as DTensor. Hooks on all modules are `must_call`'s.
+    `declare_stock` names. It has no hooks, no methods of its own, and was not compiled by itself; its parameters and
+    buffers are registered and plain, no subclass such as DTensor. What acts on all modules is `must_call`'s.
     """
     if type(module) is not kind and not _stands_for(module, kind):
         return False
     has = module.__dict__
     return (
         not (has["_forward_hooks"] or has["_forward_pre_hooks"] or has["_backward_hooks"] or has["_backward_pre_hooks"])
-        and "forward" not in has
+        and (len(has) == _SIZES.get(kind) or not _own(module, kind))
         and module._compiled_call_impl is None
         and (not has["_parameters"] or _are_plain(has["_parameters"]))
         and (not has["_buffers"] or _are_plain(has["_buffers"]))
@@ -52,18 +77,23 @@ def is_stock(module: Any, kind: type[_M]) -> TypeGuard[_M]:
 
 
 def must_call(x: Any) -> bool:
-    """Whether every layer has to be called: hooks on all modules, or `x` is a proxy of a symbolic trace.
+    """Whether every layer has to be called: something acts on all calls, or `x` on all functions that it is given to.
 
-    A trace that reads parameters could not follow `training`, and quantization would find no layers in it.
+    Hooks on all modules, exchanged methods of torch's classes, and a proxy of a symbolic trace: a trace that reads
+    parameters could not follow `training`, and quantization would find no layers in it.
     """
-    return is_traced(x) or bool(
-        (
-            _module._global_forward_hooks
-            or _module._global_forward_pre_hooks
-            or _module._global_backward_hooks
-            or _module._global_backward_pre_hooks
+    return (
+        (type(x) not in _PLAIN and (is_traced(x) or _overrides_functions(type(x))))
+        or bool(
+            (
+                _module._global_forward_hooks
+                or _module._global_forward_pre_hooks
+                or _module._global_backward_hooks
+                or _module._global_backward_pre_hooks
+            )
+            and _is_watched()
         )
-        and _is_watched()
+        or _are_patched()
     )
 
 
@@ -75,8 +105,8 @@ def why_called(module: Any, kind: type[nn.Module]) -> str | None:
         return f"a {type(module).__module__}.{type(module).__qualname__}"
     if any(getattr(module, name) for name in _HOOKS):
         return "with hooks"
-    if "forward" in vars(module):
-        return "with a forward of its own"
+    if own := _own(module, kind):
+        return f"with a {min(own)} of its own"
     if module._compiled_call_impl is not None:
         return "compiled by itself"
     tensors = {**module._parameters, **module._buffers}
@@ -94,8 +124,17 @@ def report_calls(owner: nn.Module, reasons: Mapping[str, str | None], x: Any) ->
     """
     found = [f"{name}: {reason}" for name, reason in reasons.items() if reason is not None]
     if must_call(x):
-        found.append("torch.fx traces it" if is_traced(x) else "hooks are registered for all modules")
+        found.append(why_all(x))
     _report(type(owner).__name__, "; ".join(found))
+
+
+def why_all(x: Any) -> str:
+    """Why `must_call`."""
+    if is_traced(x):
+        return "torch.fx traces it"
+    if type(x) not in _PLAIN and _overrides_functions(type(x)):
+        return f"its input is a {type(x).__name__}, which changes what torch's functions do"
+    return "methods of torch's classes were exchanged" if _are_patched() else "hooks are registered for all modules"
 
 
 def weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -123,6 +162,11 @@ def leaf(module: nn.Module, x: Any) -> Any:
     )
 
 
+def count_entries(layer: nn.Module) -> None:
+    """Know how many entries an unchanged instance of a class has; to be asked of a new one."""
+    _SIZES[type(layer)] = len(vars(layer))
+
+
 def declare_stock(derived: type[nn.Module], original: type[nn.Module]) -> None:
     """Let modules of class `derived` count as those of `original`, whose forward they have."""
     _derived[derived] = original
@@ -137,6 +181,26 @@ def _is_watched() -> bool:
         _module._global_backward_pre_hooks,
     )
     return any(getattr(hook, "__module__", None) != _TRACKER for hooks in every for hook in hooks.values())
+
+
+def _own(module: Any, kind: type) -> list[str]:
+    """What an instance holds in the place of its class's methods, its parameters or its buffers."""
+    found = [name for name in _OF_CALL if name in module.__dict__]
+    if kind in _SIZES:
+        return found
+    # Such as a flag `bias` of another class, which is nothing else's.
+    return [n for n in found if hasattr(kind, n) or n in module._parameters or n in module._buffers]
+
+
+def _overrides_functions(kind: type) -> bool:
+    """Whether tensors of a class are asked what torch's functions do to them."""
+    function = getattr(kind, "__torch_function__", None)
+    return function is not torch._C._disabled_torch_function_impl and not _is_of_tracer(kind)
+
+
+def _are_patched() -> bool:
+    """Whether somebody exchanged a method of torch's classes, so that calling a layer does something else."""
+    return _methods() != _METHODS
 
 
 def _stands_for(module: Any, kind: type[nn.Module]) -> bool:
@@ -167,3 +231,6 @@ def _report(owner: str, reason: str) -> None:
 
 # Dynamo runs it while it traces, as torch.compiler.assume_constant_result says, which imports all of Dynamo.
 _report._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_are_patched._dynamo_marked_constant = True  # type: ignore[attr-defined]
+for _layer in (Conv2d(1, 1, 1), BatchNorm2d(1), SyncBatchNorm(1), ReLU()):
+    count_entries(_layer)

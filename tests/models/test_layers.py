@@ -1,11 +1,12 @@
 """What was done to a layer of a block takes effect as it does in the block of stock operators."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from changed_layers import CHANGES
+from changed_layers import CHANGES, Doubled
 from torch import Tensor, nn
 
 from setriton import SqueezeExcite
@@ -149,3 +150,58 @@ def test_stock_blocks_are_fused_without_a_message(block: str, caplog: pytest.Log
     fused, plain = make(block)
     assert_same(steps(fused), steps(plain))
     assert not caplog.records
+
+
+class DoubledReLU(nn.ReLU):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+class DoubledNorm(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize(
+    ("block", "kind"),
+    [("basic", Doubled), ("basic", DoubledNorm), ("basic", DoubledReLU), ("scaled", Doubled), ("scaled", DoubledNorm)],
+)
+def test_classes_that_stand_in_for_torchs(block: str, kind: type[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries of quantization exchange torch.nn.Conv2d before a network is made."""
+    _, plain = make(block)
+    monkeypatch.setattr(nn, kind.__mro__[1].__name__, kind)
+    fused, exchanged = make(block)
+    assert any(type(module) is kind for module in fused.modules())
+    assert_same(steps(fused), want := steps(exchanged))
+    assert not torch.equal(want["0 y"], steps(plain)["0 y"])
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.BatchNorm2d, nn.ReLU])
+def test_methods_that_were_exchanged(
+    kind: type[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fused, plain = make("basic")
+    before, inner = steps(copy.deepcopy(plain))["0 y"], kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: 2 * inner(self, x))
+    assert_same(steps(fused), want := steps(plain))
+    assert not torch.equal(want["0 y"], before)
+    assert "methods of torch's classes were exchanged" in caplog.text
+
+
+class Halved(Tensor):
+    """A tensor of another class, of which sigmoid is half of what it is."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        y = super().__torch_function__(func, types, args, kwargs or {})
+        return y / 2 if func is torch.sigmoid else y
+
+
+def test_tensors_that_change_what_functions_do(caplog: pytest.LogCaptureFixture) -> None:
+    fused, plain = make("basic")
+    x = torch.randn(2, C, 3, 3, dtype=torch.float64)
+    found, want = (model(x.as_subclass(Halved)) for model in (fused, plain))
+    assert type(found) is type(want) is Halved
+    torch.testing.assert_close(found.as_subclass(Tensor), want.as_subclass(Tensor))
+    assert not torch.allclose(found.as_subclass(Tensor), plain(x))
+    assert "its input is a Halved" in caplog.text

@@ -92,6 +92,21 @@ def own_forward(layer: Any) -> None:
     layer.forward = lambda x: 2 * forward(x)
 
 
+def own_convolution(conv: Any) -> None:
+    """What a convolution's forward calls, as in tricks for images without borders."""
+    inner = conv._conv_forward
+    conv._conv_forward = lambda x, weight, bias: 2 * inner(x, weight, bias)
+
+
+def shadowed(name: str) -> Callable[[Any], None]:
+    """Put a tensor where a call finds it before the parameter or buffer of that name."""
+
+    def change(layer: Any) -> None:
+        object.__setattr__(layer, name, 1.5 * getattr(layer, name).detach() + 0.1)
+
+    return change
+
+
 def trained_input(layer: Any) -> None:
     """A weight that is computed before each call, and no parameter."""
     weight = layer.weight
@@ -143,6 +158,10 @@ CHANGES: dict[str, Change] = {
     "backward pre-hook": each("se", lambda se: se.register_full_backward_pre_hook(lambda _m, dy: (2 * dy[0],))),
     "forward of its own": each("fc1", own_forward),
     "bn with a forward of its own": each_norm(own_forward),
+    "convolution of its own": each("fc2", own_convolution),
+    "shadowed weight": each("fc1", shadowed("weight")),
+    "shadowed weight of bn": each_norm(shadowed("weight")),
+    "shadowed statistic": each_norm(lambda bn: shadowed("running_mean")(bn.eval())),
     "subclass": replace("fc1", Doubled.of),
     "sequential": replace("fc2", lambda fc: nn.Sequential(fc, nn.Tanh())),
     "3x3": replace("fc1", wide),

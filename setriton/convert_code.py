@@ -6,12 +6,16 @@ a default argument or a class, is the user's own, and would be read once where t
 
 import builtins
 import dis
+import functools
 import types
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+import torch.overrides
 from torch import nn
+from torch._jit_internal import is_scripting
 
 from .convert_state import OF_MODULE, Left, Unread
 
@@ -29,7 +33,17 @@ _SPECIAL = (
     "__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__new__", "__del__", "train",
     "named_modules", "named_parameters", "named_buffers", "parameters", "modules", "zero_grad", "_apply",
 )  # fmt: skip
+# What they hand out is the module's own tensors and children as they are, which a copy's are not: all in float64, each
+# with a gradient.
+_ALL_OF_MODULE = {
+    "parameters", "named_parameters", "buffers", "named_buffers", "children", "named_children", "modules",
+    "named_modules", "state_dict", "__dict__", "_parameters", "_buffers", "_modules",
+}  # fmt: skip
 _TRUSTED = {"torch", "setriton"}
+# Modules of torch that hold nothing but functions, classes and constants.
+_FUNCTIONAL = {"torch", "torch.nn", "torch.nn.functional", "torch.linalg", "torch.special", "torch.jit", "torch.amp"}
+# Take no tensor, and answer always alike while a module runs.
+_CONSTANT_FUNCTIONS = (torch._assert, torch.is_tensor, is_scripting)
 _CONSTANTS = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
@@ -79,6 +93,14 @@ class _Reader:
         elif not (isinstance(value, _CONSTANTS) or _is_builtin(value)):
             raise Left(f"reads {name}, a {type(value).__name__} that is not its own")
 
+    def _judge_of_torch(self, name: str, value: Any) -> None:
+        """Left where a function of torch may answer otherwise than it did, as those do that ask for modes."""
+        if isinstance(value, types.ModuleType):
+            if value.__name__ not in _FUNCTIONAL:
+                raise Left(f"asks {value.__name__}")
+        elif callable(value) and not isinstance(value, type) and id(value) not in _functions_of_tensors():
+            raise Left(f"calls {name}, whose answer may change")
+
     def _read_attribute(self, module: nn.Module, name: str, value: Any) -> None:
         value = getattr(value, "__func__", getattr(value, "fget", value))
         if isinstance(value, types.FunctionType):
@@ -95,6 +117,8 @@ class _Reader:
             wrapped = getattr(function, "__wrapped__", None)
             if isinstance(wrapped, types.FunctionType):
                 self._read_function(module, wrapped)
+            elif function.__globals__["__name__"].partition(".")[0] == "torch" and "." not in function.__qualname__:
+                self._judge_of_torch(function.__name__, function)
             return
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             if not isinstance(value, bool | int | float | str | tuple | type | types.NoneType):
@@ -106,6 +130,8 @@ class _Reader:
             for i, instruction in enumerate(instructions):
                 if instruction.opname == "LOAD_GLOBAL" and instruction.argval == "getattr":
                     names |= _named(instructions[i + 1 : i + 3])
+            if asked := sorted(_ALL_OF_MODULE & names):
+                raise Left(f"asks for all its {asked[0]}")
             for name in names:
                 if isinstance(name, str):
                     self.read_method(module, name)
@@ -137,13 +163,25 @@ class _Reader:
 
     def _judge_module(self, module: nn.Module, found: types.ModuleType, names: frozenset[str]) -> None:
         if _is_pure(found.__name__):
-            if "distributed" in names or found.__name__.startswith("torch.distributed"):
-                raise Left("asks torch.distributed")
+            if found.__name__.partition(".")[0] == "torch":
+                self._judge_of_torch(found.__name__, found)
+                for name in names & vars(found).keys():
+                    self._judge_of_torch(f"{found.__name__}.{name}", vars(found)[name])
+                    if isinstance(vars(found)[name], types.ModuleType):
+                        self._judge_module(module, vars(found)[name], names - {name})
             return
         if found.__name__ in vars(builtins) or hasattr(found, "__file__") is False:
             raise Left(f"uses {found.__name__}")
         for name in names & vars(found).keys():
             self.judge(module, f"{found.__name__}.{name}", vars(found)[name], names)
+
+
+@functools.cache
+def _functions_of_tensors() -> frozenset[int]:
+    """Identities of torch's functions that answer by their arguments: it knows those that take tensors."""
+    overridable = torch.overrides.get_overridable_functions().values()
+    stateless = (f for f in vars(F).values() if callable(f))
+    return frozenset(map(id, (*(f for found in overridable for f in found), *stateless, *_CONSTANT_FUNCTIONS)))
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -203,6 +241,8 @@ def _is_builtin(value: Any) -> bool:
         home = value.__module__ or type(value.__self__).__module__
         if home == "builtins":
             return value.__name__ in _PURE_BUILTINS
+        if home.partition(".")[0] == "torch":
+            return id(value) in _functions_of_tensors()
         return home.partition(".")[0] in {"torch", "_operator", *_PURE_MODULES}
     if type(value).__module__ in ("torch._ops", "torch.library", "torch._jit_internal"):
         return True

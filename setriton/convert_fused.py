@@ -3,7 +3,8 @@
 import functools
 import linecache
 import logging
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, cast
 
 import torch
@@ -14,6 +15,9 @@ from .convert_state import Read, is_as_read, why_changed
 from .stock import declare_stock
 
 _Functions = frozenset[tuple[str, Callable[..., Any]]]
+# Whose classes nobody changes; those of torch that matter are looked at by `must_call`.
+_FIXED = ("torch", "builtins", "setriton", "typing", "abc")
+_UNCALLED = ("__init__", "__repr__", "extra_repr")
 _log = logging.getLogger("setriton")
 
 
@@ -65,7 +69,7 @@ def _fused_class(original: Any, source: str, functions: _Functions, reads: tuple
     # Without a __name__: Dynamo of torch 2.11 would look for these globals in the module of that name.
     scope = {**_fx_globals(), **dict(functions)}
     exec(compile(source, filename, "exec"), scope)
-    forward = scope["forward"] if reads is None else _checked(original.forward, scope["forward"], reads)
+    forward = scope["forward"] if reads is None else _checked(original, scope["forward"], reads)
     members = {
         "forward": forward,
         "recipe": (original, source, functions, reads),
@@ -76,19 +80,32 @@ def _fused_class(original: Any, source: str, functions: _Functions, reads: tuple
     return fused
 
 
-def _checked(original: Callable[..., Any], fused: Callable[..., Any], reads: tuple[Read, ...]) -> Callable[..., Any]:
-    """The fused forward where all is as `reads` says, else the original one."""
+def _checked(original: Any, fused: Callable[..., Any], reads: tuple[Read, ...]) -> Callable[..., Any]:
+    """The fused forward where all is as `reads` says and no class was changed since, else that of `original`."""
+
+    methods = _methods({original, *(read.kind for read in reads)})
 
     @functools.wraps(fused)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else next(iter(kwargs.values()), None)
-        if is_as_read(self, reads, x):
+        if is_as_read(self, reads, x) and all(own.get(name) is method for own, name, method in methods):
             return fused(self, *args, **kwargs)
         if not torch.compiler.is_compiling():
             _report(type(self).__name__, why_changed(self, reads, x))
-        return original(self, *args, **kwargs)
+        return original.forward(self, *args, **kwargs)
 
     return forward
+
+
+def _methods(kinds: Iterable[type]) -> list[tuple[Mapping[str, Any], str, Any]]:
+    """What the classes outside of torch define: their members, a name in them, and its value."""
+    bases = {base for kind in kinds for base in kind.__mro__ if base.__module__.partition(".")[0] not in _FIXED}
+    return [
+        (vars(base), name, value)
+        for base in bases
+        for name, value in vars(base).items()
+        if isinstance(value, types.FunctionType | property | staticmethod | classmethod) and name not in _UNCALLED
+    ]
 
 
 @functools.cache

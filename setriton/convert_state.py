@@ -8,10 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from .stock import BatchNorm2d, SyncBatchNorm, is_stock, must_call, why_all, why_called
 
 OF_MODULE = frozenset(vars(nn.Module()))
+_OWN = len(OF_MODULE)
+# Set on modules by what goes on to call their forward, or instead of it.
+_NOT_READ = {"forward", "_compiled_call_impl", *OF_MODULE}
 _SIMPLE = (
     bool, int, float, complex, str, bytes, types.NoneType, enum.Enum, type, torch.dtype, torch.device, torch.layout,
     torch.memory_format, types.FunctionType, types.BuiltinFunctionType,
@@ -34,14 +38,17 @@ class Read(NamedTuple):
         path: of names, from the fused module; () is that module itself.
         kind: the class.
         attributes: their names and frozen values; None where the fused forward reads them as they are at the call.
-        present, absent: children that are there, and names of children, parameters and buffers that are None.
+        children: those that are there, all of them.
+        absent: names of children, parameters and buffers that are None.
+        tensors: how many parameters and buffers there are, None among them.
     """
 
     path: tuple[str, ...]
     kind: type
     attributes: tuple[tuple[str, Any], ...] | None
-    present: tuple[str, ...]
+    children: tuple[str, ...]
     absent: tuple[str, ...]
+    tensors: int
 
 
 def freeze(value: Any) -> Any:
@@ -85,7 +92,12 @@ def attributes_of(module: nn.Module, path: str) -> tuple[tuple[str, Any], ...]:
 
 
 def reads_of(module: nn.Module, called: Container[str]) -> tuple[Read, ...]:
-    """What the forward of a module can read of itself and of its descendants but those at the paths `called`."""
+    """What the forward of a module can read of itself and of its descendants but those at the paths `called`.
+
+    Raises:
+        Left: two of its parameters or buffers are one, which could change.
+    """
+    _require_untied(_bypassed(module, "", called))
     return tuple(
         Read(
             tuple(path.split(".")) if path else (),
@@ -93,6 +105,7 @@ def reads_of(module: nn.Module, called: Container[str]) -> tuple[Read, ...]:
             None if _is_read_at_call(child) else attributes_of(child, path),
             tuple(name for name, layer in child._modules.items() if layer is not None),
             tuple(_absent(child)),
+            len(child._parameters) + len(child._buffers),
         )
         for path, child in _bypassed(module, "", called)
     )
@@ -102,7 +115,7 @@ def is_as_read(module: nn.Module, reads: tuple[Read, ...], x: Any) -> bool:
     """Whether all is still as `reads` says, and no layer that a fused forward does without has to be called."""
     if must_call(x):
         return False
-    for path, kind, attributes, present, absent in reads:
+    for path, kind, attributes, children, absent, tensors in reads:
         child: Any = module
         for name in path:
             child = child._modules.get(name)
@@ -114,8 +127,14 @@ def is_as_read(module: nn.Module, reads: tuple[Read, ...], x: Any) -> bool:
                 found = has.get(name, _MISSING)
                 if found is not value and not _is_same(found, value):
                     return False
+            if len(has) != len(attributes) + _OWN and _added(child, attributes):
+                return False
+            if len(child._parameters) + len(child._buffers) != tensors and not parametrize.is_parametrized(child):
+                return False
         layers = child._modules
-        for name in present:
+        if len(layers) != len(children) and _added_children(child, children, absent):
+            return False
+        for name in children:
             if layers.get(name) is None:
                 return False
         for name in absent:
@@ -128,7 +147,7 @@ def why_changed(module: nn.Module, reads: tuple[Read, ...], x: Any) -> str:
     """Of what `is_as_read` found, the first, in words."""
     if must_call(x):
         return why_all(x)
-    for path, kind, attributes, _, _ in reads:
+    for path, kind, attributes, children, absent, _ in reads:
         name = ".".join(path)
         child: Any = module
         for part in path:
@@ -140,6 +159,9 @@ def why_changed(module: nn.Module, reads: tuple[Read, ...], x: Any) -> str:
         for attribute, value in attributes or ():
             if not _is_same(vars(child).get(attribute, _MISSING), value):
                 return f"{name}.{attribute} is not {value!r} any more".removeprefix(".")
+        added = [] if attributes is None else _added(child, attributes)
+        if added := [*added, *_added_children(child, children, absent)]:
+            return f"{name}.{min(added)} was added".removeprefix(".")
     return "its layers are not those that it had"
 
 
@@ -188,6 +210,26 @@ def _bypassed(module: nn.Module, path: str, called: Container[str]) -> Iterator[
     for name, child in module._modules.items():
         if child is not None:
             yield from _bypassed(child, f"{path}.{name}".strip("."), called)
+
+
+def _added(module: nn.Module, attributes: tuple[tuple[str, Any], ...]) -> list[str]:
+    """Attributes of a module that are in neither list."""
+    known = _NOT_READ.union(name for name, _ in attributes)
+    return [name for name, value in vars(module).items() if name not in known and not _is_process_group(name, value)]
+
+
+def _added_children(module: nn.Module, children: tuple[str, ...], absent: tuple[str, ...]) -> list[str]:
+    return [name for name in module._modules if name not in (*children, *absent, "parametrizations")]
+
+
+def _require_untied(modules: Iterator[tuple[str, nn.Module]]) -> None:
+    names: dict[int, str] = {}
+    for path, module in modules:
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                here = f"{path}.{name}".strip(".")
+                if (there := names.setdefault(id(tensor), here)) != here:
+                    raise Left(f"{there} and {here} are one tensor")
 
 
 def _absent(module: nn.Module) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import torch
 from changed_layers import CHANGES, Doubled
 from torch import Tensor, nn
 
-from setriton import SqueezeExcite
+from setriton import SqueezeExcite, stock
 from setriton.models.blocks import BasicBlock, BlockSEOptions, Bottleneck
 from setriton.models.bn_inception import InceptionModule, Widths
 from setriton.models.inception_resnet_v2 import Branches, InceptionResNetSEOptions, ScaledResidual
@@ -180,6 +180,7 @@ def test_classes_that_stand_in_for_torchs(block: str, kind: type[Any], monkeypat
 def test_methods_that_were_exchanged(
     kind: type[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(stock, "_reported", set())
     fused, plain = make("basic")
     before, inner = steps(copy.deepcopy(plain))["0 y"], kind.forward
     monkeypatch.setattr(kind, "forward", lambda self, x: 2 * inner(self, x))
@@ -197,7 +198,10 @@ class Halved(Tensor):
         return y / 2 if func is torch.sigmoid else y
 
 
-def test_tensors_that_change_what_functions_do(caplog: pytest.LogCaptureFixture) -> None:
+def test_tensors_that_change_what_functions_do(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(stock, "_reported", set())
     fused, plain = make("basic")
     x = torch.randn(2, C, 3, 3, dtype=torch.float64)
     found, want = (model(x.as_subclass(Halved)) for model in (fused, plain))

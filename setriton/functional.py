@@ -16,7 +16,6 @@ from .checks import (
     check_residual,
     check_tensors,
 )
-from .kernels.layout import as_dense
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -42,7 +41,7 @@ def squeeze_excite(
 
     Args:
         x: feature map (N, C, H, W), float16, bfloat16, float32 or float64. Contiguous and channels_last are read as
-            they are, other strides are copied to channels_last once.
+            they are, parts of such maps are copied once; where its axes are in another order, plain PyTorch runs.
         w1: reducing weight (R, C), or (R, C, 1, 1) as a 1x1 convolution holds it.
         b1: bias (R), or None.
         w2: expanding weight (C, R) or (C, R, 1, 1).
@@ -51,8 +50,8 @@ def squeeze_excite(
         gate: what maps the result to channel weights: sigmoid or hardsigmoid.
 
     Returns:
-        (N, C, H, W) in the dtype and layout of `x`. Second derivatives, forward mode and torch.func's transforms run
-        PyTorch's own operations, said once where kernels would have run.
+        (N, C, H, W) in the dtype of `x`, and in the layout that PyTorch's operations give it. Second derivatives,
+        forward mode and torch.func's transforms run PyTorch's own operations, said once where kernels would have run.
 
     Raises:
         TypeError: an argument is no dense floating-point tensor.
@@ -65,10 +64,10 @@ def squeeze_excite(
     check_choice("gate", gate, reference.GATES)
     if _is_composite(x):
         return reference.squeeze_excite(x, w1, b1, w2, b2, act, gate)
-    x = as_dense(x)
-    if _has_kernels(x):
-        return ops.squeeze_excite(x, w1, b1, w2, b2, act, gate)[0]
-    return reference.squeeze_excite(x, w1, b1, w2, b2, act, gate)
+    layout = _layout_as_written(x)
+    if layout is None or not _has_kernels(x):
+        return reference.squeeze_excite(x, w1, b1, w2, b2, act, gate)
+    return ops.squeeze_excite(x.contiguous(memory_format=layout), w1, b1, w2, b2, act, gate)[0]
 
 
 def bn_squeeze_excite(
@@ -101,7 +100,7 @@ def bn_squeeze_excite(
 
     Args:
         x: feature map (N, C, H, W), float16, bfloat16, float32 or float64, the input of BN. Contiguous and
-            channels_last are read as they are, other strides are copied to channels_last once.
+            channels_last are read as they are, other strides are copied once.
         bn_weight: gamma (C), or None for 1.
         bn_bias: beta (C), or None for 0.
         running_mean: (C), or None as is `running_var`. Used where `training` is False, else updated in place.
@@ -122,8 +121,9 @@ def bn_squeeze_excite(
             of different sizes. The gradients of the parameters are each rank's own share.
 
     Returns:
-        (N, C, H, W) in the dtype and layout of `x`. Second derivatives, forward mode and torch.func's transforms run
-        PyTorch's own operations, said once where kernels would have run; with a process group there are none.
+        (N, C, H, W) in the dtype of `x`, and in the layout that PyTorch's operations give it. Second derivatives,
+        forward mode and torch.func's transforms run PyTorch's own operations, said once where kernels would have run;
+        with a process group there are none.
 
     Raises:
         TypeError: an argument is no dense floating-point tensor, or one of the options has another type.
@@ -203,11 +203,25 @@ def _tail(
         y = composite.bn_squeeze_excite(x, *others, *options)
         return y, y
     function = ops_tail.bn_squeeze_excite if _has_kernels(x) else reference_tail.bn_squeeze_excite
-    y, y_skip, new_mean, new_var = function(as_dense(x), *others, *options, fork)
+    x = x.contiguous(memory_format=_layout_as_written(x) or torch.contiguous_format)  # as nn.BatchNorm2d gives it
+    y, y_skip, new_mean, new_var = function(x, *others, *options, fork)
     if new_mean is not None and new_var is not None:
         with torch.no_grad():
             torch._foreach_copy_([running_mean, running_var], [new_mean, new_var])
     return y, y_skip
+
+
+def _layout_as_written(x: Tensor) -> torch.memory_format | None:
+    """The layout that PyTorch gives the result of an element-wise operation on x; None if it is neither of the two.
+
+    What reads the result may depend on it: a view of the product of a chunk of channels, for one.
+    """
+    for found in (x, torch.empty_like(x, device="meta")):
+        if found.is_contiguous():
+            return torch.contiguous_format
+        if found.is_contiguous(memory_format=torch.channels_last):
+            return torch.channels_last
+    return None
 
 
 def _no_tracer_warnings() -> contextlib.AbstractContextManager[object]:

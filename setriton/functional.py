@@ -199,7 +199,9 @@ def _tail(
         bn_bias = torch.zeros_like(bn_weight)
     others = (bn_weight, bn_bias, running_mean, running_var, w1, b1, w2, b2, residual)
     options = (training, float(momentum), float(eps), bn_act, act, gate, out_act, group)
-    if _is_composite(x):
+    # Maps without pixels have gradients that are NaN or 0 as each operation has it.
+    is_empty = 0 in x.shape[2:] and not group and not _has_kernels(x)
+    if _is_composite(x) or is_empty:
         y = composite.bn_squeeze_excite(x, *others, *options)
         return y, y
     function = ops_tail.bn_squeeze_excite if _has_kernels(x) else reference_tail.bn_squeeze_excite

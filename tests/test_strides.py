@@ -1,6 +1,7 @@
 """Results have the strides that PyTorch's own operations give them, also of maps that are parts of others."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def strides(t: Tensor) -> list[int]:
 def test_strides_of_results(name: str, training: bool, fork: bool) -> None:
     x = MAPS[name](torch.randn(4, 8, 6, 5, dtype=torch.float64))
     channels = x.shape[1]
-    tail = randomized(setriton.BatchNormSqueezeExcite(channels, rd_channels=3, act="gelu")).train(training)
+    tail: Any = randomized(setriton.BatchNormSqueezeExcite(channels, rd_channels=3, act="gelu")).train(training)
     bn, se = tail.to_pair()
     e = torch.sigmoid(se.fc2(torch.nn.functional.gelu(se.fc1(x.mean((2, 3), keepdim=True)))))
     y, wanted = se(x), x * e

@@ -73,12 +73,17 @@ class Block:
     @property
     def inputs(self) -> list[Node]:
         """The nodes whose values the replacement takes."""
+        return [*self.operands, *(self.bn.statistics if self.bn is not None else ())]
+
+    @property
+    def operands(self) -> list[Node]:
+        """Those that it takes and never writes: all but running statistics."""
         excitation, bn = self.excitation, self.bn
         assert excitation is not None
         fc1, fc2 = excitation.fc1, excitation.fc2
         found = [self.x, self.residual, fc1.weight, fc1.bias, fc2.weight, fc2.bias]
         if bn is not None:
-            found += [bn.weight, bn.bias, *bn.statistics]
+            found += [bn.weight, bn.bias]
         return [node for node in found if node is not None]
 
     def span(self) -> Iterator[Node]:

@@ -57,6 +57,9 @@ class Effects:
         self._unsteady = {node for node, value in runner.env.items() if _form(value) != self._forms.get(node)}
         given = [node for node in module.graph.nodes if node.op in ("placeholder", "get_attr")]
         self.given = set[int]().union(*map(self.storages, given))
+        # Those that may be maps of a caller's: of real numbers, and no running statistics.
+        real = [node for node in given if _is_real(runner.env.get(node))]
+        self.given_maps = set[int]().union(*map(self.storages, real)) - {self._root(s) for s in watch.statistics}
 
     def storages(self, node: Node) -> set[int]:
         """Of the tensors in a node's value."""
@@ -173,6 +176,10 @@ def _modes() -> tuple[Any, ...]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, depth
 
 
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
 def _sets_mode(node: Node, value: Any, takes: set[int]) -> bool:
     """Whether a node takes and gives nothing but must be there for something: for the mode it sets."""
     if node.op != "call_function" or takes or isinstance(node.target, torch._ops.OpOverload):
@@ -183,11 +190,12 @@ def _sets_mode(node: Node, value: Any, takes: set[int]) -> bool:
 
 
 class _Watch(TorchDispatchMode):
-    """Collects the storages that calls write, for the node that is running."""
+    """Collects the storages that calls write, for the node that is running, and those of all running statistics."""
 
     def __init__(self) -> None:
         super().__init__()
         self.written: set[int] = set()
+        self.statistics: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -196,8 +204,11 @@ class _Watch(TorchDispatchMode):
         modes = [found[name] for name in _MODES_OF_STATISTICS if name in found]
         for argument in arguments:
             is_written = argument.alias_info is not None and argument.alias_info.is_write
-            if is_written or (argument.name in _STATISTICS and (any(modes) or not modes)):
+            is_statistic = argument.name in _STATISTICS
+            if is_written or (is_statistic and (any(modes) or not modes)):
                 self.written |= storages_in(found.get(argument.name))
+            if is_statistic:
+                self.statistics |= storages_in(found.get(argument.name))
         return func(*args, **kwargs)
 
 

@@ -1,9 +1,14 @@
 """The excitation, read backwards: gate <- layer <- activation <- layer <- squeeze of the map."""
 
+import ctypes
+import functools
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.fx import Node
+from torch.utils._python_dispatch import _disable_current_modes
 
 from setriton.reference import ACTS
 
@@ -11,7 +16,7 @@ from .effects import value_of
 from .layers import Layer, Refused, read_layer, refuse, told
 from .pools import MAXIMA, POOLS, behind, is_pool
 from .shapes import are_same, axes, is_map, is_vector_of, rank, same_dtype, same_shape, shape_of, vector
-from .spelling import FLATTENED, VIEWS, Op, is_full_slice, read
+from .spelling import FLATTENED, VIEWS, Op, fake, is_full_slice, read
 
 
 @dataclass(frozen=True)
@@ -177,9 +182,16 @@ def _divided(op: Op) -> Node | None:
         return op["input"]
     if op.name == "mul":
         for node, factor in ((op["input"], op["other"]), (op["other"], op["input"])):
-            if isinstance(node, Node) and isinstance(factor, float) and abs(6 * factor - 1) < 1e-6:
+            if isinstance(node, Node) and isinstance(factor, float) and _is_a_sixth(factor, fake(node)):
                 return node
     return None
+
+
+def _is_a_sixth(factor: float, tensor: Tensor | None) -> bool:
+    """Whether a product with the factor is one with 1 / 6: computed in float64, or in float32."""
+    if tensor is None or tensor.dtype == torch.float64:
+        return factor == 1 / 6
+    return ctypes.c_float(factor).value == ctypes.c_float(1 / 6).value
 
 
 def _other_operand(op: Op, number: float) -> Node | None:
@@ -195,7 +207,16 @@ def _clips_to_6(op: Op) -> bool:
         return True
     bounds = (op["min_val"], op["max_val"]) if op.name == "hardtanh" else (op["min"], op["max"])
     are_numbers = all(type(bound) in (int, float) for bound in bounds)
-    return op.name in ("hardtanh", "clamp") and are_numbers and bounds == (0, 6)
+    is_clip = op.name == "hardtanh" or (op.name == "clamp" and _clamp_stops_at_bounds())
+    return is_clip and are_numbers and bounds == (0, 6)
+
+
+@functools.cache
+def _clamp_stops_at_bounds() -> bool:
+    """Whether clamp has gradient 0 at its bounds as relu6 has; torch 2.11 has 1, and a gate may start at a bound."""
+    with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad():
+        z = torch.tensor([0.0, 6.0], requires_grad=True)
+        return not torch.autograd.grad(z.clamp(0, 6).sum(), z)[0].any()
 
 
 def _covers_map(op: Op) -> bool:

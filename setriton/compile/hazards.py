@@ -10,6 +10,7 @@ from torch.fx import Node
 
 from .block import Block
 from .effects import Effects
+from .shapes import is_same
 from .spelling import fake, reads_shape
 
 
@@ -42,9 +43,10 @@ def _of_inputs(block: Block, effects: Effects) -> str | None:
         if not effects.is_steady(node):
             return f"the shape or the memory of {node.name} changes"
     moved = statistics(block, effects)
-    others = [node for node in block.inputs if block.bn is None or node not in block.bn.statistics]
-    if any(effects.storages(node) & moved for node in others):
+    if any(effects.storages(node) & moved for node in block.operands):
         return "running statistics share memory with another input"
+    if block.bn is not None and moved and len(moved) < len(block.bn.statistics):
+        return "running statistics share memory"
     return None
 
 
@@ -60,11 +62,15 @@ def _of_modes(block: Block, effects: Effects) -> str | None:
 def _of_writes_meanwhile(block: Block, effects: Effects) -> str | None:
     """Nodes of others, between the block's first and its last, must leave its inputs alone."""
     inputs, moved, nodes = _memory(block, effects), statistics(block, effects), block.nodes
+    maps = set[int]().union(*(effects.storages(node) for node in (block.x, block.residual) if node is not None))
     for node in block.span():
         if node in nodes:
             continue
         if effects.writes(node) & inputs:
             return f"{node.name} changes an input of the block in place"
+        # Nothing compiles a graph anew where two of its inputs share memory that did not when it was made.
+        if effects.writes(node) & effects.given_maps and maps & effects.given_maps:
+            return f"{node.name} changes in place what may be an input of the block at another call"
         if moved & _takes(node, effects):
             return f"{node.name} reads BN's running statistics inside of the block"
     return None
@@ -85,6 +91,8 @@ def _of_writes_in_place(block: Block, effects: Effects) -> str | None:
         written = effects.writes(node) - moved
         if written & effects.given:
             return f"{node.name} writes in place what comes from outside"
+        if written & effects.storages(block.output) and not _is_whole(block.output):
+            return f"{node.name} writes in place a part of a larger tensor"
         last |= dict.fromkeys(written, places[node])
     return None
 
@@ -100,6 +108,12 @@ def _of_writes_afterwards(block: Block, effects: Effects) -> str | None:
         if effects.writes(node) & kept:
             return f"{node.name} changes an input of the block in place, which its backward pass reads"
     return None
+
+
+def _is_whole(node: Node) -> bool:
+    """Whether a node's value is all there is in its memory."""
+    tensor = fake(node)
+    return tensor is not None and is_same(tensor.untyped_storage().nbytes(), tensor.numel() * tensor.element_size())
 
 
 def _memory(block: Block, effects: Effects) -> set[int]:

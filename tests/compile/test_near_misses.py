@@ -1,5 +1,7 @@
 """Arguments that change an operation, parts taken for the whole, strides and sizes: found right or left alone."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -90,6 +92,7 @@ REFUSED: dict[str, Body] = {
     "a number for each image": _matrix((N, 1)),
     "without gradients": lambda s, x, r: x * _without_gradients(s, x),
     "another dtype": lambda s, x, r: x * s.gate(x).float(),
+    "nearly a sixth": lambda s, x, r: x * (F.relu6(logits(s, x) + 3) * 0.1666667),
 }  # fmt: skip
 
 
@@ -115,7 +118,33 @@ def test_addcmul_of_the_map_itself() -> None:
     assert [(match.kind, match.note) for match in report] == [("se+add", "BN's output is read elsewhere")]
 
 
+@pytest.mark.parametrize(
+    "names", [("running_mean", "running_var", "running_mean"), ("running_var", "running_var", "bias")]
+)
+def test_statistics_that_are_something_else_as_well(names: tuple[str, str, str]) -> None:
+    def body(s: Parts, x: Tensor, r: Tensor) -> Tensor:
+        mean, var, weight = (getattr(s.bn, name) for name in names)
+        y = F.batch_norm(x, mean, var, weight, None, True)
+        return y * s.gate(y)
+
+    assert [match.kind for match in compared(body)] == ["se"]
+
+
+@pytest.mark.parametrize("bound", [3.0, -3.0])
+@pytest.mark.parametrize("clip", [lambda z: z.clamp(0, 6), F.relu6, lambda z: F.hardtanh(z, 0, 6)])
+def test_gates_that_start_at_a_bound(clip: Callable[[Tensor], Tensor], bound: float) -> None:
+    """What a clip's gradient is there, torch 2.11 and 2.14 do not agree on."""
+
+    def body(s: Parts, x: Tensor, r: Tensor) -> Tensor:
+        z = F.gelu(s.fc1(x.mean((2, 3), keepdim=True)))
+        weight, bias = s.fc2.weight, s.fc2.get_parameter("bias")
+        return x * (clip(F.conv2d(z, weight - weight.detach(), bias - bias.detach() + bound) + 3) / 6)
+
+    compared(body, grad=True)
+
+
 FOUND: dict[str, Body] = {
+    "a sixth": lambda s, x, r: x * (F.relu6(logits(s, x) + 3) * (1 / 6)),
     "number first": lambda s, x, r: x * (F.relu6(3 + logits(s, x)) / 6),
     "hard gate, factor first": lambda s, x, r: x * ((1 / 6) * F.relu6(3.0 + logits(s, x))),
     "row bias": lambda s, x, r: x

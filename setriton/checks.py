@@ -93,6 +93,8 @@ def check_batch_norm(
             raise TypeError(f"{name} must be a number; got {number!r}")
         if not number >= 0:
             raise ValueError(f"{name} must be at least 0; got {number}")
+    if training and not eps:
+        raise ValueError("eps must be above 0 where training is True; got 0")  # as F.batch_norm of newer torch has it
     for name in ("running_mean", "running_var"):
         statistic = named[name]
         if statistic is not None and statistic.requires_grad and torch.is_grad_enabled():

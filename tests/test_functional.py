@@ -89,6 +89,7 @@ def test_wrong_arguments(changed: dict[str, Any], error: type[Exception], messag
         ({"momentum": None}, TypeError, "momentum must be a number; got None"),
         ({"momentum": float("nan")}, ValueError, "momentum must be at least 0; got nan"),
         ({"eps": -1e-5}, ValueError, "eps must be at least 0; got -1e-05"),
+        ({"eps": 0}, ValueError, "eps must be above 0 where training is True; got 0"),
         ({"bn_act": "gelu"}, ValueError, "bn_act must be one of identity, relu, silu, hardswish; got 'gelu'"),
         ({"act": "tanh"}, ValueError, "act must be one of relu, silu, gelu, hardswish, identity; got 'tanh'"),
         ({"gate": "relu"}, ValueError, "gate must be one of sigmoid, hardsigmoid; got 'relu'"),

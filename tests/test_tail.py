@@ -87,6 +87,18 @@ def test_an_empty_batch(training: bool) -> None:
         assert torch.equal(value, before), name
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(2, 8, 2, 0, 3), (2, 8, 2, 3, 0)], ids=str)
+def test_maps_without_pixels(shape: tuple[int, ...], training: bool) -> None:
+    """Each gradient is the 0 or the NaN that it is as written."""
+    inputs = float64_inputs(*shape)
+    want, found = (tail_outputs(f, inputs, training=training, out_act="relu") for f in (naive_tail, bn_squeeze_excite))
+    assert found.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(found[name], want[name], equal_nan=True, msg=name)
+    assert any(value.isnan().any() for value in want.values())
+
+
 @pytest.mark.parametrize("bn_act", BN_ACTS)
 @pytest.mark.parametrize("training", [True, False])
 def test_forked_gradients_are_joined(training: bool, bn_act: str) -> None:

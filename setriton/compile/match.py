@@ -145,6 +145,8 @@ def _read_batch_norm(node: Node) -> BatchNorm | str:
         return "BN changes the dtype"
     if momentum is None or eps is None:
         return "BN's momentum is computed"
+    if training and not eps > 0:
+        return "BN's eps is 0"
     if (statistics[0] is None) != (statistics[1] is None):
         return "BN has one running statistic"
     if training and any(len(s.users) > 1 for s in statistics if s is not None):

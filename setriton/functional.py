@@ -200,8 +200,7 @@ def _tail(
     others = (bn_weight, bn_bias, running_mean, running_var, w1, b1, w2, b2, residual)
     options = (training, float(momentum), float(eps), bn_act, act, gate, out_act, group)
     # Maps without pixels have gradients that are NaN or 0 as each operation has it.
-    is_empty = 0 in x.shape[2:] and not group and not _has_kernels(x)
-    if _is_composite(x) or is_empty:
+    if _is_composite(x) or (not group and not _has_kernels(x) and 0 in x.shape[2:]):
         y = composite.bn_squeeze_excite(x, *others, *options)
         return y, y
     function = ops_tail.bn_squeeze_excite if _has_kernels(x) else reference_tail.bn_squeeze_excite

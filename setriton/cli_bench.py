@@ -112,17 +112,18 @@ def _bench_resources(arguments: Sequence[str]) -> int:
             targets: sm_80, sm_90, sm_100, sm_120, gfx942, gfx950.
             networks: the worst of all launches of real networks, by kernel, instead: every SE block of SE-ResNet-50,
                 EfficientNet-B0 and MobileNetV3-large, in training and evaluation, in both layouts, float32 and
-                bfloat16, for batches of 1, 32 and 128. A quarter of an hour a target on two cores.
+                bfloat16, for batches of 1, 32 and 128. Minutes for each target.
         """
         from rich.table import Table
 
         for target in targets if networks else ():
-            table = Table("network", "kernel", "compiled", "registers", "spilled B", "shared B", title=target)
             for network in NETWORKS:
+                title = f"{network}, {target}"
+                table = Table("kernel", "compiled", "registers", "spilled B", "shared B", title=title)
                 for kernel, (count, row) in worst(steps_of(network), target).items():
                     numbers = (count, row.registers, row.spilled, row.shared)
-                    table.add_row(network, kernel.removesuffix("_kernel"), *map(str, numbers))
-            show(table)
+                    table.add_row(kernel.removesuffix("_kernel"), *map(str, numbers))
+                show(table)
         for target in () if networks else targets:
             table = Table("operation", "kernel", "registers", "spilled B", "shared B", "access bits", title=target)
             for name, form in FORMS.items():

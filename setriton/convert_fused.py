@@ -3,21 +3,17 @@
 import functools
 import linecache
 import logging
-import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
 from torch.fx import Graph
 
-from .convert_state import Read, is_as_read, why_changed
+from .convert_state import Read, is_as_read, methods_of, why_changed
 from .stock import declare_stock
 
 _Functions = frozenset[tuple[str, Callable[..., Any]]]
-# Whose classes nobody changes; those of torch that matter are looked at by `must_call`.
-_FIXED = ("torch", "builtins", "setriton", "typing", "abc")
-_UNCALLED = ("__init__", "__repr__", "extra_repr")
 _log = logging.getLogger("setriton")
 
 
@@ -83,29 +79,24 @@ def _fused_class(original: Any, source: str, functions: _Functions, reads: tuple
 def _checked(original: Any, fused: Callable[..., Any], reads: tuple[Read, ...]) -> Callable[..., Any]:
     """The fused forward where all is as `reads` says and no class was changed since, else that of `original`."""
 
-    methods = _methods({original, *(read.kind for read in reads)})
+    kinds = {original, *(read.kind for read in reads)}
+    methods = [(vars(base), name, method) for kind in kinds for (base, name), method in methods_of(kind).items()]
+
+    def is_changed() -> bool:
+        return any(own.get(name) is not method for own, name, method in methods)
+
+    cast(Any, is_changed)._dynamo_marked_constant = True
 
     @functools.wraps(fused)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else next(iter(kwargs.values()), None)
-        if is_as_read(self, reads, x) and all(own.get(name) is method for own, name, method in methods):
+        if is_as_read(self, reads, x) and not is_changed():
             return fused(self, *args, **kwargs)
         if not torch.compiler.is_compiling():
             _report(type(self).__name__, why_changed(self, reads, x))
         return original.forward(self, *args, **kwargs)
 
     return forward
-
-
-def _methods(kinds: Iterable[type]) -> list[tuple[Mapping[str, Any], str, Any]]:
-    """What the classes outside of torch define: their members, a name in them, and its value."""
-    bases = {base for kind in kinds for base in kind.__mro__ if base.__module__.partition(".")[0] not in _FIXED}
-    return [
-        (vars(base), name, value)
-        for base in bases
-        for name, value in vars(base).items()
-        if isinstance(value, types.FunctionType | property | staticmethod | classmethod) and name not in _UNCALLED
-    ]
 
 
 @functools.cache

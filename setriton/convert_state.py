@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.compiler import is_dynamo_compiling
 from torch.nn.utils import parametrize
 
 from .stock import BatchNorm2d, SyncBatchNorm, is_stock, must_call, why_all, why_called
@@ -16,6 +17,9 @@ OF_MODULE = frozenset(vars(nn.Module()))
 _OWN = len(OF_MODULE)
 # Set on modules by what goes on to call their forward, or instead of it.
 _NOT_READ = {"forward", "_compiled_call_impl", *OF_MODULE}
+# Whose classes nobody changes; those of torch that matter are looked at by `must_call`.
+_FIXED = ("torch", "builtins", "setriton", "typing", "abc")
+_UNCALLED = ("__init__", "__repr__", "extra_repr")
 _SIMPLE = (
     bool, int, float, complex, str, bytes, types.NoneType, enum.Enum, type, torch.dtype, torch.device, torch.layout,
     torch.memory_format, types.FunctionType, types.BuiltinFunctionType,
@@ -41,6 +45,7 @@ class Read(NamedTuple):
         children: those that are there, all of them.
         absent: names of children, parameters and buffers that are None.
         tensors: how many parameters and buffers there are, None among them.
+        asked: names in the code of its class that are no attributes of it yet.
     """
 
     path: tuple[str, ...]
@@ -49,6 +54,7 @@ class Read(NamedTuple):
     children: tuple[str, ...]
     absent: tuple[str, ...]
     tensors: int
+    asked: tuple[str, ...]
 
 
 def freeze(value: Any) -> Any:
@@ -106,6 +112,7 @@ def reads_of(module: nn.Module, called: Container[str]) -> tuple[Read, ...]:
             tuple(name for name, layer in child._modules.items() if layer is not None),
             tuple(_absent(child)),
             len(child._parameters) + len(child._buffers),
+            tuple(sorted(_asked_in_vain(child))),
         )
         for path, child in _bypassed(module, "", called)
     )
@@ -115,7 +122,7 @@ def is_as_read(module: nn.Module, reads: tuple[Read, ...], x: Any) -> bool:
     """Whether all is still as `reads` says, and no layer that a fused forward does without has to be called."""
     if must_call(x):
         return False
-    for path, kind, attributes, children, absent, tensors in reads:
+    for path, kind, attributes, children, absent, tensors, asked in reads:
         child: Any = module
         for name in path:
             child = child._modules.get(name)
@@ -127,7 +134,7 @@ def is_as_read(module: nn.Module, reads: tuple[Read, ...], x: Any) -> bool:
                 found = has.get(name, _MISSING)
                 if found is not value and not _is_same(found, value):
                     return False
-            if len(has) != len(attributes) + _OWN and _added(child, attributes):
+            if _has_more(child, attributes, asked):
                 return False
             if len(child._parameters) + len(child._buffers) != tensors and not parametrize.is_parametrized(child):
                 return False
@@ -147,7 +154,7 @@ def why_changed(module: nn.Module, reads: tuple[Read, ...], x: Any) -> str:
     """Of what `is_as_read` found, the first, in words."""
     if must_call(x):
         return why_all(x)
-    for path, kind, attributes, children, absent, _ in reads:
+    for path, kind, attributes, children, absent, *_ in reads:
         name = ".".join(path)
         child: Any = module
         for part in path:
@@ -210,6 +217,45 @@ def _bypassed(module: nn.Module, path: str, called: Container[str]) -> Iterator[
     for name, child in module._modules.items():
         if child is not None:
             yield from _bypassed(child, f"{path}.{name}".strip("."), called)
+
+
+def methods_of(kind: type) -> dict[tuple[type, str], Any]:
+    """What a class and its bases outside of torch define, but for what no call comes to."""
+    bases = [base for base in kind.__mro__ if base.__module__.partition(".")[0] not in _FIXED]
+    return {
+        (base, name): value
+        for base in bases
+        for name, value in vars(base).items()
+        if isinstance(value, types.FunctionType | property | staticmethod | classmethod) and name not in _UNCALLED
+    }
+
+
+def _asked_in_vain(module: nn.Module) -> set[str]:
+    """Names in the code of its class that are no attributes of a module, or its class's."""
+    kind = kind_of(module)
+    names = {name for name in _names_in_code(kind) if name.isidentifier()} - vars(module).keys() - _NOT_READ
+    return {name for name in names if hasattr(kind, name) or not hasattr(module, name)}
+
+
+def _names_in_code(kind: type) -> set[str]:
+    """Names of attributes in it, those that are given to getattr among them."""
+    found: set[str] = set()
+    for method in methods_of(kind).values():
+        function = getattr(method, "fget", getattr(method, "__func__", method))
+        codes = [function.__code__] if isinstance(function, types.FunctionType) else []
+        while codes:
+            code = codes.pop()
+            found |= {*code.co_names, *(value for value in code.co_consts if isinstance(value, str))}
+            codes += [value for value in code.co_consts if isinstance(value, types.CodeType)]
+    return found
+
+
+def _has_more(module: nn.Module, attributes: tuple[tuple[str, Any], ...], asked: tuple[str, ...]) -> bool:
+    """Whether a module has attributes that it had not."""
+    has = module.__dict__
+    if is_dynamo_compiling():  # which neither counts nor walks through them in torch 2.11, and guards hasattr alone
+        return any(name in has if hasattr(type(module), name) else hasattr(module, name) for name in asked)
+    return len(has) != len(attributes) + _OWN and bool(_added(module, attributes))
 
 
 def _added(module: nn.Module, attributes: tuple[tuple[str, Any], ...]) -> list[str]:

@@ -19,6 +19,7 @@ from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.fx import Proxy
 from torch.nn.modules import module as _module
 from torch.nn.modules.activation import ReLU as ReLU
@@ -40,7 +41,7 @@ _OF_CALL = (
     "running_mean", "running_var", "num_batches_tracked",
 )  # fmt: skip
 # How many entries an instance of a class has: where there are as many, nothing was added. A fifth of the time of a look
-# for each name.
+# for each name. (Dynamo of torch 2.11 cannot count them.)
 _SIZES: dict[type, int] = {}
 
 
@@ -69,7 +70,7 @@ def is_stock(module: Any, kind: type[_M]) -> TypeGuard[_M]:
     has = module.__dict__
     return (
         not (has["_forward_hooks"] or has["_forward_pre_hooks"] or has["_backward_hooks"] or has["_backward_pre_hooks"])
-        and (len(has) == _SIZES.get(kind) or not _own(module, kind))
+        and ((not is_dynamo_compiling() and len(has) == _SIZES.get(kind)) or not _own(module, kind))
         and module._compiled_call_impl is None
         and (not has["_parameters"] or _are_plain(has["_parameters"]))
         and (not has["_buffers"] or _are_plain(has["_buffers"]))

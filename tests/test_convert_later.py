@@ -96,6 +96,20 @@ def test_what_is_added_takes_effect(name: str) -> None:
     assert not torch.allclose(module(x), before)
 
 
+@pytest.mark.parametrize("name", ["append", "attribute", "parameter", "buffer"])
+def test_what_is_added_takes_effect_when_compiled(name: str) -> None:
+    make, change = ADDITIONS[name]
+    module, x = randomized(make()), torch.randn(2, 8, 5, 4, dtype=torch.float64)
+    twin = copy.deepcopy(module)
+    accelerate(module)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), twin(x))
+    change(module)
+    change(twin)
+    torch.testing.assert_close(compiled(x), twin(x))
+
+
 @pytest.mark.parametrize("name", ["gate", "forward"])
 def test_a_class_that_is_changed_takes_effect(name: str) -> None:
     class Changed(SEBlock):

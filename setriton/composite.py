@@ -24,12 +24,16 @@ def transform() -> str:
     return "forward-mode differentiation" if forward_ad._current_level >= 0 else ""
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # Dynamo of torch 2.11 takes it for True
+def is_exporting() -> bool:
+    """Whether torch.export runs."""
+    return torch.compiler.is_exporting()
+
+
 def tracer() -> str:
     """The active tracer that knows aten's operations alone: torch.jit.trace or an ONNX exporter; else ""."""
     is_traced = torch.jit.is_tracing()  # type: ignore[attr-defined]
-    if (
-        is_traced or torch.compiler.is_exporting()
-    ) and torch.onnx.is_in_onnx_export():  # in this order: 15 times faster
+    if (is_traced or is_exporting()) and torch.onnx.is_in_onnx_export():  # in this order: 15 times faster
         return "ONNX export"
     return "torch.jit.trace" if is_traced else ""
 

@@ -240,7 +240,7 @@ def _is_composite(x: Tensor) -> bool:
     reason = composite.transform() or composite.tracer()
     if reason and _has_kernels(x):
         composite.report(reason)
-    return bool(reason) or (torch.compiler.is_exporting() and not _has_kernels(x))
+    return bool(reason) or (composite.is_exporting() and not _has_kernels(x))
 
 
 def _has_kernels(x: Tensor) -> bool:

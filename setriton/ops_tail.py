@@ -200,7 +200,7 @@ def bn_squeeze_excite(*arguments: Any) -> tuple[Tensor, Tensor | None, Tensor | 
     inputs, fork = list(arguments[:-1]), arguments[-1]
     is_differentiated = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
     inputs.append(inputs[16] == "relu" and is_differentiated)
-    if fork and is_differentiated and not torch.compiler.is_exporting():
+    if fork and is_differentiated and not composite.is_exporting():
         y, y_skip, new_mean, new_var = _forked(*inputs)
     else:
         y, *_, new_mean, new_var = _forward(*inputs)

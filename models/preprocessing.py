@@ -40,9 +40,9 @@ class Preprocessing:
         # Tuples, whatever JSON made of them.
         object.__setattr__(self, "mean", tuple(self.mean))
         object.__setattr__(self, "std", tuple(self.std))
-        if len(self.mean) != len(self.std) or not all(value > 0 for value in self.std):
+        if len(self.mean) != len(self.std) or not all(0 < value < math.inf for value in self.std):
             raise ValueError(f"std must have a positive value for each of mean; got {self.mean} and {self.std}")
-        if not all(map(math.isfinite, self.mean)):
-            raise ValueError(f"mean must be finite; got {self.mean}")
+        if not self.mean or not all(map(math.isfinite, self.mean)):
+            raise ValueError(f"mean must have a finite value for each channel; got {self.mean}")
         if self.resize < self.image_size:
             raise ValueError(f"resize must be at least image_size, {self.image_size}; got {self.resize}")

@@ -39,7 +39,15 @@ class Entry:
         return common | keywords | of_se | self.defaults
 
     def build(self, options: dict[str, Any]) -> Network:
-        """The network with these options, the others at their defaults."""
+        """The network with these options, the others at their defaults.
+
+        Raises:
+            TypeError, ValueError: an option has another value than it can have.
+        """
+        for name, default in self.options().items():
+            # Any other value is true or false as well: "False" is true.
+            if isinstance(default, bool) and not isinstance(options.get(name, default), bool):
+                raise TypeError(f"{name} must be True or False; got {options[name]!r}")
         options = self.defaults | options
         if self.se is None:
             return self.builder(**self.fixed, **options)
@@ -135,7 +143,8 @@ def create_model(
         weights: None for random ones. Else what `setriton.load_weights` takes: a file or a state dict; or "timm", which
             downloads what timm publishes for this network (`setriton.models.weights.download`), or a repository of
             Hugging Face's, such as "timm/seresnet50.ra2_in1k". Options that the weights need, and that are not given,
-            are chosen: the layout, the widths of SE blocks, the number of classes.
+            are chosen: the layout, the widths of SE blocks, the number of classes. The logger "setriton" warns of what
+            was chosen in the file, left out or changed, and of what its keys cannot tell.
         use_ema: of weights that a checkpoint has averaged as well, take the averages, as timm does.
         features_only: give feature maps instead of logits (`setriton.models.base.FeatureExtractor`).
         out_indices: which feature maps: positions in the network's `feature_info`, or how many from the end.
@@ -169,13 +178,21 @@ def create_model(
 
         opened = load.open_for(name, weights, options.get("layout"), use_ema)
         options = load.options_for(name, opened) | options
+    config = {"name": name, **options}
+    if opened is not None:
+        # Before it takes memory, of which options that were chosen may want any amount.
+        with torch.device("meta"):
+            sketch = known.build(options)
+        sketch.config = config
+        load.check_fit(sketch, opened)
     with torch.device(device or torch.get_default_device()):
         model = known.build(options)
-    model.config = {"name": name, **options}
+    model.config = config
     if dtype is not None:
         model.to(dtype)
     if opened is not None:
-        _log.info("%s", load.load_opened(model, opened))
+        report = load.load_opened(model, opened)
+        _log.log(logging.WARNING if report.notes else logging.INFO, "%s", report)
     return FeatureExtractor(model, out_indices) if features_only else model
 
 

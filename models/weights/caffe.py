@@ -86,7 +86,7 @@ def _statistics(layer: str, blobs: dict[int, Tensor]) -> dict[str, Tensor]:
             f"{', '.join(str(tuple(blob.shape)) for blob in blobs.values())}"
         )
     factor = factor.reshape(())
-    if not factor > 0:
+    if not 0 < factor < torch.inf:
         raise ValueError(f"layer {layer} has no statistics: what its sums are divided by is {factor.item():g}")
     return {"running_mean": mean / factor, "running_var": variance / factor}
 

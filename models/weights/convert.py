@@ -1,6 +1,7 @@
 """Weights from one way to write them down into another."""
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -9,12 +10,12 @@ from torch import Tensor
 from setriton.checks import check_choice
 
 from ..base import Network
-from ..registry import create_model, list_models
+from ..registry import create_model, entry, list_models
 from ..saved import Header, save, write_tensors
 from ..se import SEBlock, SEOptions
 from .fit import LoadReport, Weights
 from .headers import FREE
-from .load import load_opened, open_weights, options_for
+from .load import SAID, load_opened, open_weights, options_for
 from .timm_names import LEGACY, TIMM
 
 FORMATS = ("setriton", "timm")
@@ -68,8 +69,9 @@ def convert(
     if to == "setriton":
         save(out, network.state_dict(), Header.of(network, opened.origin or report.title))
         return name, report
-    theirs, tensors = to_timm(network)
+    theirs, tensors, notes = to_timm(network)
     write_tensors(out, tensors, {"format": "pt"})
+    report.notes.extend(notes)
     return theirs, report
 
 
@@ -91,8 +93,8 @@ def identify(weights: Weights) -> str:
     raise ValueError(f"weights of {weights.title} fit no network of `setriton models`; --model says which they are of")
 
 
-def to_timm(network: Network) -> tuple[str, dict[str, Tensor]]:
-    """timm's name of a network and its state dict under timm's keys.
+def to_timm(network: Network) -> tuple[str, dict[str, Tensor], list[str]]:
+    """timm's name of a network, its state dict under timm's keys, and what timm must be told besides them.
 
     Raises:
         ValueError: timm has no network that computes the same.
@@ -103,16 +105,20 @@ def to_timm(network: Network) -> tuple[str, dict[str, Tensor]]:
     renames: tuple[tuple[str, str], ...] = ()
     if network.layout == "caffe" and name in LEGACY and is_basic == has_legacy_relu:
         theirs, renames = LEGACY[name], _LEGACY_SENET154 if name == "senet154" else _LEGACY_STEM
-    elif network.layout != "caffe" and name in TIMM:
+    elif network.layout != "caffe" and name in TIMM and not has_legacy_relu:
         theirs = TIMM[name]
         if name == "inception_resnet_v2":
             renames = ((r"^fc\.", "classif."),)
     else:
         layout = f" in layout {network.layout!r}" if network.layout else ""
-        raise ValueError(f"timm has no network that computes what {name}{layout} does")
+        relu = " with bn_act='relu'" if has_legacy_relu else ""
+        raise ValueError(f"timm has no network that computes what {name}{layout}{relu} does")
     if other := [option for option in config if option not in _SHARED]:
         raise ValueError(f"timm has no {theirs} with {', '.join(f'{option}={config[option]!r}' for option in other)}")
-    divisor = 1 if network.layout == "caffe" else 8
+    is_legacy = network.layout == "caffe"
+    if is_legacy and config.get("output_stride", 32) != 32:
+        raise ValueError(f"timm has no {theirs} with output_stride={config['output_stride']}")
+    divisor = 1 if is_legacy else 8
     for module in network.modules():
         if isinstance(module, SEBlock):
             hidden, channels = module.fc1.weight.shape[:2]
@@ -124,7 +130,19 @@ def to_timm(network: Network) -> tuple[str, dict[str, Tensor]]:
         for pattern, replacement in renames:
             key = re.sub(pattern, replacement, key)
         state[key] = tensor.contiguous()
-    return theirs, state
+    return theirs, state, _to_tell(network, theirs)
+
+
+def _to_tell(network: Network, theirs: str) -> list[str]:
+    """What a state dict does not say: options that change outputs, and images other than the network's usual ones."""
+    usual = entry(network.config["name"]).options()
+    told = {name: value for name in SAID if (value := network.config.get(name, usual.get(name))) != usual.get(name)}
+    arguments = "".join(f", {name}={value!r}" for name, value in told.items())
+    notes = [f"build it with timm.create_model({theirs!r}{arguments})"] if told else []
+    if network.preprocessing != network.usual_preprocessing:
+        fields = ", ".join(f"{name}={value!r}" for name, value in asdict(network.preprocessing).items())
+        notes.append(f"timm must be told of its images: {fields}")
+    return notes
 
 
 def _is_head(key: str) -> bool:

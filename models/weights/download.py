@@ -67,10 +67,6 @@ def resolve(
         raise ValueError(f"weights must not be 'timm' for {name}{of_layout}: timm publishes weights of {known}")
     if isinstance(weights, str) and weights.startswith(("timm/", "hf-hub:")) and not Path(weights).exists():
         return from_hub(weights.removeprefix("hf-hub:"))
-    if isinstance(weights, str | Path) and Path(weights).name == "model.safetensors":
-        # As a repository has it, downloaded as a whole.
-        config = Path(weights).expanduser().with_name("config.json")
-        return weights, TimmConfig.read(config) if config.is_file() else None
     return weights, None
 
 

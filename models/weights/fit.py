@@ -1,6 +1,6 @@
 """Tensors into a network: what differs in form is brought into its form, what differs in kind is refused."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from ..preprocessing import Preprocessing
 from ..se import SEOptions
 from .files import State
 from .tensors import cast, dtype_note, is_plain
+from .timm_names import TimmConfig
 
 # Classes of TensorFlow's ImageNet networks: class 0 is the background.
 BACKGROUND_TOO = 1001
@@ -47,15 +48,43 @@ class Weights:
     origin: str | None = None
     """The images it was trained with, or where its weights are from, where the file says it."""
     notes: tuple[str, ...] = ()
-    """What was chosen in the file, and what is not known of it."""
+    """What was chosen in the file, and left out."""
+    untold: str = ""
+    """What their keys cannot tell."""
+    config: TimmConfig | None = None
+    """What is said of them in the file beside them."""
 
 
 def fit(model: Network, weights: Weights) -> LoadReport:
     """Load tensors whose names, shapes and values agree with the network's, once all are known to."""
-    notes = list(weights.notes)
     target = model.state_dict()
     if not all(map(is_plain, target.values())):
         raise ValueError("model must be loaded before it is sharded or quantised")
+    state, notes = adapt(model, weights)
+    for key, tensor in state.items():
+        if tensor.is_meta:
+            raise ValueError(
+                f"model must have values where it keeps its own weights: its {key} is on the meta device, without any"
+            )
+        state[key] = cast(key, tensor, target[key], weights.title)
+    on_meta = any(tensor.is_meta for tensor in target.values())
+    # A network without memory of its own must not share the caller's, nor one be written that is still to be read.
+    own = {tensor.untyped_storage().data_ptr() for tensor in target.values()}
+    state = {k: t.clone() if on_meta or t.untyped_storage().data_ptr() in own else t for k, t in state.items()}
+    model.load_state_dict(state, assign=on_meta)
+    if weights.preprocessing is not None:
+        model.preprocessing = _for_channels(weights.preprocessing, model.in_chans)
+    return LoadReport(weights.title, len(state), notes)
+
+
+def adapt(model: Network, weights: Weights) -> tuple[State, list[str]]:
+    """The tensors under a network's names and in its shapes, and what was changed; their values are not looked at.
+
+    Raises:
+        ValueError: there are others than the network has, or of other shapes.
+    """
+    notes = list(weights.notes)
+    target = model.state_dict()
     state = dict(weights.state)
     _fit_classifier(model, state, target, notes)
     _fit_first_convolution(model, state, target, notes)
@@ -73,22 +102,27 @@ def fit(model: Network, weights: Weights) -> LoadReport:
     notes += dtype_note(state, target)
     for key, tensor in state.items():
         wanted = target[key]
-        if tensor.shape != wanted.shape and _trim(tensor) == _trim(wanted):
-            tensor = tensor.reshape(wanted.shape)
-        if tensor.shape != wanted.shape:
+        if not _is_same(tensor.shape, wanted.shape):
             raise ValueError(_shape_message(model, weights, key, tensor, wanted))
-        state[key] = cast(key, tensor, wanted, weights.title)
-    on_meta = any(tensor.is_meta for tensor in target.values())
-    # A network without memory of its own must not share the caller's.
-    model.load_state_dict({key: t.clone() for key, t in state.items()} if on_meta else state, assign=on_meta)
-    if weights.preprocessing is not None:
-        model.preprocessing = _for_channels(weights.preprocessing, model.in_chans)
-    return LoadReport(weights.title, len(state), notes)
+        state[key] = tensor.reshape(wanted.shape)
+    return state, notes
 
 
-def _trim(tensor: Tensor) -> list[int]:
-    """The shape without axes of 1: that of a linear layer and of a 1x1 convolution are the same."""
-    return [size for size in tensor.shape if size != 1]
+def _is_same(shape: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Whether shapes differ in axes of 1 behind alone, as linear layers and 1x1 convolutions do, or in Caffe's before.
+
+    Axes of 1 elsewhere say something: a grouped convolution's weight is no transposed one's.
+    """
+    core = _without_ones_behind(wanted)
+    of_caffe = len(shape) == 4 and list(shape) == [1] * (4 - len(core)) + core
+    return _without_ones_behind(shape) == core or of_caffe
+
+
+def _without_ones_behind(shape: Sequence[int]) -> list[int]:
+    sizes = list(shape)
+    while sizes and sizes[-1] == 1:
+        sizes.pop()
+    return sizes
 
 
 def _fit_classifier(model: Network, state: State, target: State, notes: list[str]) -> None:

@@ -37,7 +37,7 @@ def of_header(state: dict[str, Tensor], header: Header, where: str) -> Weights:
         if shapes[0] != shapes[1]:
             raise ValueError(f"{where} says it holds {header.model}: {key} would be {shapes[1]}, and is {shapes[0]}")
     needs = {name: value for name, value in (options | header.options).items() if name not in FREE}
-    of_file = (header.preprocessing, False, header.model, header.options, header.origin)
+    of_file = (header.preprocessing, False, header.model, options | header.options, header.origin)
     return Weights(state, f"setriton {header.model}", needs, *of_file)
 
 

@@ -12,27 +12,35 @@ from ..base import Network
 from ..registry import entry
 from .download import resolve
 from .files import read_weights, unwrapped
-from .fit import BACKGROUND_TOO, LoadReport, Weights, fit, se_options
+from .fit import BACKGROUND_TOO, LoadReport, Weights, adapt, fit, se_options
 from .headers import of_header
 from .sources import network_roots, recognise
 from .state_dicts import without_wrappers
 from .tensors import check_tensors
+from .timm_names import TimmConfig
+
+# Options that a network may have otherwise than the weights it is given, but whose outputs are then others.
+SAID = ("global_pool", "output_stride")
 
 
 def open_weights(
-    weights: str | Path | Mapping[str, Any], source: str = "auto", use_ema: bool = True, untold: bool = True
+    weights: str | Path | Mapping[str, Any],
+    source: str = "auto",
+    use_ema: bool = True,
+    config: TimmConfig | None = None,
 ) -> Weights:
     """Read weights and recognise them; arguments and errors are those of `load_weights`.
 
     Args:
         weights, source, use_ema: as there.
-        untold: note what their keys cannot tell; False where it is known otherwise.
+        config: what is said of them elsewhere; None for the file beside them, where there is one.
     """
     if isinstance(weights, Mapping):
         content, header, where = weights, None, "weights"
     elif isinstance(weights, str | Path):
-        where = str(weights)
-        content, header = read_weights(Path(weights).expanduser())
+        where, path = str(weights), Path(weights).expanduser()
+        content, header = read_weights(path)
+        config = config or TimmConfig.beside(path)
     else:
         raise TypeError(f"weights must be a path or a state dict; got {type(weights).__name__}")
     if header is not None:
@@ -44,9 +52,19 @@ def open_weights(
     if "fc.weight" in state and state["fc.weight"].dim() < 2:
         axes = state["fc.weight"].dim()
         raise ValueError(f"weights of {known.title} must have a row for each class; fc.weight has {axes} axes")
-    needs = known.network_needs(state)
-    notes += [known.untold] if untold and known.untold else []
-    return Weights(state, known.title, needs, known.preprocessing, known.published_dropout, notes=tuple(notes))
+    found = Weights(
+        state,
+        known.title,
+        known.network_needs(state),
+        known.preprocessing,
+        known.published_dropout,
+        notes=tuple(notes),
+        untold=known.untold,
+    )
+    if config is None:
+        return found
+    options = {"global_pool": config.global_pool} if config.global_pool else None
+    return replace(found, preprocessing=config.preprocessing or found.preprocessing, options=options, config=config)
 
 
 def open_for(name: str, weights: str | Path | Mapping[str, Any], layout: str | None, use_ema: bool) -> Weights:
@@ -57,21 +75,21 @@ def open_for(name: str, weights: str | Path | Mapping[str, Any], layout: str | N
         OSError: they cannot be downloaded.
     """
     where, config = resolve(name, weights, layout)
-    is_named = config is not None and config.check(name, repr(weights))
-    opened = open_weights(where, use_ema=use_ema, untold=not is_named)
-    if config is None or opened.model is not None:
-        return opened
-    options = {"global_pool": config.global_pool} if config.global_pool else None
-    return replace(opened, preprocessing=config.preprocessing or opened.preprocessing, options=options)
+    if config is not None:
+        # Before the file is read, whose keys may be of no kind that is known.
+        config.check(name)
+    return open_weights(where, use_ema=use_ema, config=config)
 
 
 def options_for(name: str, weights: Weights) -> dict[str, Any]:
     """Options of `create_model` with which network `name` is the one that the weights are of."""
-    chosen = weights.needs | se_options(weights.state) | (weights.options or {})
-    classes = weights.state["fc.weight"].shape[0] if "fc.weight" in weights.state else None
-    if classes not in (None, BACKGROUND_TOO):
-        chosen.setdefault("num_classes", classes)
     known = entry(name).options()
+    chosen = weights.needs | (weights.options or {})
+    if weights.model is None:
+        chosen = se_options(weights.state) | chosen
+        classes = weights.state["fc.weight"].shape[0] if "fc.weight" in weights.state else None
+        if classes is not None and (classes, known["num_classes"]) != (BACKGROUND_TOO, BACKGROUND_TOO - 1):
+            chosen["num_classes"] = classes
     return {option: value for option, value in chosen.items() if option in known and known[option] != value}
 
 
@@ -117,12 +135,28 @@ def load_weights(
 
 def load_opened(model: Network, weights: Weights, allow: Collection[str] = ()) -> LoadReport:
     """As `load_weights`, of weights that have been read."""
-    _check_options(model, weights, allow)
-    return fit(model, weights)
+    is_named = _check_options(model, weights, allow)
+    report = fit(model, weights)
+    if weights.untold and not is_named:
+        report.notes.append(weights.untold)
+    built = entry(model.config["name"]).options() | model.config
+    for option in SAID:
+        saved = (weights.options or {}).get(option, built.get(option))
+        if saved != built.get(option):
+            report.notes.append(f"{option}: the network has {built[option]!r}, the weights were saved with {saved!r}")
+    return report
 
 
-def _check_options(model: Network, weights: Weights, allow: Collection[str]) -> None:
+def check_fit(model: Network, weights: Weights) -> None:
+    """ValueError unless `load_opened` takes the weights into this network; their values are not looked at."""
+    _check_options(model, weights, ())
+    adapt(model, weights)
+
+
+def _check_options(model: Network, weights: Weights, allow: Collection[str]) -> bool:
+    """Whether what is said of the weights names the network's architecture; ValueError if another or other options."""
     name = model.config["name"]
+    is_named = weights.config is not None and weights.config.check(name)
     if weights.model is not None and weights.model != name:
         raise ValueError(f"weights must be those of {name}; these are of {weights.model}")
     options = entry(name).options()
@@ -142,6 +176,7 @@ def _check_options(model: Network, weights: Weights, allow: Collection[str]) -> 
             f"weights of {weights.title} need {wants}; the network has {has} and would give other outputs: "
             f"create_model({name!r}, {wants}), or allow={sorted(wrong)} where you mean it"
         )
+    return is_named
 
 
 def _equal(a: object, b: object) -> bool:

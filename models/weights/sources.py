@@ -104,10 +104,14 @@ _STAGE_OF = {module: stage for stage, modules in bn_inception.STAGES.items() for
 def _inception_layer(match: re.Match[str]) -> str:
     """Cadene's name of a module's convolution, or of the BN behind it, as ours."""
     module, layer, is_bn = match.groups()
+    if module not in _STAGE_OF:
+        return match[0]
     return f"{_STAGE_OF[module]}.{module}.conv_{layer}.{'bn' if is_bn else 'conv'}."
 
 
 def _inception_se(match: re.Match[str]) -> str:
+    if match[1] not in _STAGE_OF:
+        return match[0]
     return f"{_STAGE_OF[match[1]]}.{match[1]}.se.{'fc1' if match[2] == 'down' else 'fc2'}."
 
 
@@ -128,10 +132,10 @@ _BN_INCEPTION: tuple[Rename, ...] = (
 
 
 def _vgg_layer(match: re.Match[str]) -> str:
-    """Position in VGG-16-BN's list of convolutions, BNs, ReLUs and pools as stage and block."""
+    """Position of a convolution or BN in VGG-16-BN's list, which has ReLUs and pools as well, as stage and block."""
     position = int(match[1])
     for stage, (depth, _) in enumerate(vgg.STAGES, start=1):
-        if position < 3 * depth:
+        if 0 <= position < 3 * depth and position % 3 < 2:
             return f"layer{stage}.{position // 3}.{('conv', 'bn')[position % 3]}."
         position -= 3 * depth + 1
     return match[0]

@@ -28,8 +28,11 @@ _WRAPPERS = {
     "_checkpoint_wrapped_module",
     "_forward_module",
 }
-# Averages of the weights over training steps: model_ema, state_dict_ema, ema, ema_model, EMAWeights ...
-_AVERAGED = re.compile(r"(^|[^a-z])ema([^a-z]|$)|^EMA|averaged", re.IGNORECASE)
+# Averages of the weights over training steps: model_ema, state_dict_ema, ema, emaModel, modelEma, EMAWeights ...; not
+# emanet, schema.
+_AVERAGED = re.compile(r"(?<![A-Za-z])ema(?![a-z])|(?<![A-Z])(?:Ema|EMA)(?![a-z])|(?i:averaged)")
+# mmengine's EMAHook saves the averages as the state dict, and beside it what was trained and this counter.
+_SWAPPED = "ema_state_dict.steps"
 # Where several lie side by side, what timm's loader takes first, then what other scripts call it.
 _USUAL = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "net", "network", "")
 # Longer names, and deeper trees, are no network's.
@@ -44,6 +47,7 @@ class Found:
     """The branch they are in; "" for the root."""
     leaves: Leaves
     """Under the names that the network gives them."""
+    is_averaged: bool = False
     notes: list[str] = field(default_factory=list)
     """What was chosen, and what was left out."""
 
@@ -80,13 +84,18 @@ def find_state_dict(
     if not found:
         # Of an unknown kind: what recognises names says so.
         return Found("", dictionaries[0].leaves)
+    swapped = ("ema_state_dict", "state_dict") if any(_SWAPPED in one.leaves for one in dictionaries) else ()
+    for one in found:
+        one.is_averaged = (one.where == "state_dict") if one.where in swapped else bool(_AVERAGED.search(one.where))
     chosen = _choose(found, where, use_ema)
     others = [other.where or "the outermost" for other in found if other is not chosen]
-    kind = "averaged (EMA) weights" if _AVERAGED.search(chosen.where) else "weights"
+    kind = "averaged (EMA) weights" if chosen.is_averaged else "weights"
     if others:
         chosen.notes.insert(0, f"taken are the {kind} {chosen.where or 'outermost'}; left are {', '.join(others)}")
-    elif kind != "weights":
+    elif chosen.is_averaged:
         chosen.notes.insert(0, f"taken are the {kind} {chosen.where}; there are no others")
+    if unread := [] if chosen.is_averaged else _unread_averages(content, found):
+        chosen.notes.append(f"left are averages of an unknown form: {', '.join(unread)}")
     return chosen
 
 
@@ -126,6 +135,17 @@ def _dictionaries(content: Mapping[Any, Any]) -> list[_Dictionary]:
     return found
 
 
+def _unread_averages(content: Mapping[Any, Any], found: list[Found]) -> list[str]:
+    """Entries of a checkpoint that are called averages, and have something in them, but no known network."""
+    read = {one.where.partition(".")[0] for one in found}
+    names = [
+        str(k)
+        for k, v in content.items()
+        if not (isinstance(v, int | float | str | None) or (isinstance(v, Mapping | list | tuple) and not v))
+    ]
+    return [name for name in names if _AVERAGED.search(name) and "." not in name and name not in read]
+
+
 def _networks(dictionary: _Dictionary, where: str, roots: Callable[[list[str]], list[str]]) -> list[Found]:
     """The networks in a dictionary; with a note of tensors that lie beside them."""
     leaves = dictionary.leaves
@@ -159,15 +179,16 @@ def _outermost(roots: list[str]) -> list[str]:
 
 
 def _choose(found: list[Found], where: str, use_ema: bool) -> Found:
-    averaged = [candidate for candidate in found if _AVERAGED.search(candidate.where)]
-    plain = [candidate for candidate in found if candidate not in averaged]
+    averaged = [candidate for candidate in found if candidate.is_averaged]
+    plain = [candidate for candidate in found if not candidate.is_averaged]
     if not use_ema and not plain:
         raise ValueError(f"use_ema must not be False for {where}: it has averaged weights alone, {averaged[0].where}")
     candidates = averaged if averaged and use_ema else plain
     if len(candidates) == 1:
         return candidates[0]
-    usual = sorted((_USUAL.index(c.where), c.where) for c in candidates if c.where in _USUAL)
-    if not usual:
-        names = ", ".join(candidate.where for candidate in candidates)
+    usual = sorted((c for c in candidates if c.where in _USUAL), key=lambda c: _USUAL.index(c.where))
+    # One name twice, once wrappers are out: nobody can say which is meant.
+    if not usual or [c.where for c in usual[:2]].count(usual[0].where) == 2:
+        names = ", ".join(candidate.where or "the outermost" for candidate in candidates)
         raise ValueError(f"{where} must hold one network; it has those of {names}: give the state dict of one of them")
-    return next(candidate for candidate in candidates if candidate.where == usual[0][1])
+    return usual[0]

@@ -25,19 +25,23 @@ def cast(key: str, tensor: Tensor, wanted: Tensor, title: str) -> Tensor:
     """The values in the dtype of `wanted`.
 
     Raises:
-        ValueError: a value is not finite there, or a variance is negative.
+        ValueError: a value is not finite there, a variance is negative, or a counter no whole number of at least 0.
     """
     found = tensor.detach().to(dtype=wanted.dtype)
-    if found.is_meta or not wanted.is_floating_point():
+    if key.endswith(_COUNTER):
+        # NaN is equal to nothing, and an infinity becomes some integer.
+        if not ((found == tensor) & (found >= 0)).all():
+            raise ValueError(f"weights of {title} must have whole counts of batches: {key} is {tensor.tolist()}")
         return found
     if not found.isfinite().all():
         if tensor.isfinite().all():
             raise ValueError(f"weights of {title} must fit {wanted.dtype}: {key} has values that are infinite there")
         what = "NaN" if tensor.isnan().any() else "infinite values"
         raise ValueError(f"weights of {title} must be finite: {key} has {what}")
-    if key.endswith("running_var") and (found < 0).any():
+    # Before the cast, which makes small ones 0.
+    if key.endswith("running_var") and (tensor < 0).any():
         raise ValueError(
-            f"weights of {title} must have variances of at least 0: {key} has one of {found.min().item():g}"
+            f"weights of {title} must have variances of at least 0: {key} has one of {tensor.min().item():g}"
         )
     return found
 

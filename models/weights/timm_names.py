@@ -9,6 +9,8 @@ from typing import Any, Self
 from ..base import POOLS
 from ..preprocessing import Preprocessing
 
+# What a repository's weights are called.
+REPOSITORY_FILES = ("model.safetensors", "pytorch_model.bin")
 # timm's names of networks in layout "caffe", the authors', and of those that it has in its own.
 LEGACY = {
     "se_resnet18": "legacy_seresnet18",
@@ -43,6 +45,12 @@ class TimmConfig:
     preprocessing: Preprocessing | None = None
 
     @classmethod
+    def beside(cls, path: Path) -> Self | None:
+        """The configuration in the folder of a file that is called as in a repository; None where there is none."""
+        config = path.with_name("config.json")
+        return cls.read(config) if path.name in REPOSITORY_FILES and config.is_file() else None
+
+    @classmethod
     def read(cls, path: Path) -> Self:
         """The configuration in a file; what it does not say, or not as timm would, is None."""
         try:
@@ -60,7 +68,7 @@ class TimmConfig:
             _preprocessing(content.get("pretrained_cfg")),
         )
 
-    def check(self, network: str, where: str) -> bool:
+    def check(self, network: str) -> bool:
         """Whether it names the network's architecture.
 
         Raises:
@@ -72,13 +80,13 @@ class TimmConfig:
         known = {TIMM.get(network), LEGACY.get(network), f"setriton_{network}", *({network} & {"vgg16_bn"})}
         if self.architecture not in known and (match is None or match[1] not in known):
             raise ValueError(
-                f"weights {where} must be those of {network}; by its config.json they are of {self.architecture}, "
+                f"weights must be those of {network}; by their config.json they are of {self.architecture}, "
                 "which may have the same keys and compute something else"
             )
         if self.arguments:
             built = ", ".join(f"{key}={value!r}" for key, value in self.arguments.items())
             raise ValueError(
-                f"weights {where} are of {self.architecture} with {built}, by its config.json: not {network}"
+                f"weights must be those of {network}; by their config.json they are of {self.architecture} with {built}"
             )
         return True
 

@@ -128,7 +128,7 @@ def test_what_keys_cannot_tell_is_said() -> None:
         ({"architecture": "tv_resnet50"}, None),
         ({"architecture": "setriton_resnet50"}, None),
         ({"architecture": "resnet50", "model_args": {"num_classes": 1000}}, None),
-        ({"architecture": "resnetaa50"}, "by its config.json they are of resnetaa50"),
+        ({"architecture": "resnetaa50"}, "by their config.json they are of resnetaa50"),
         ({"architecture": "resnetblur50"}, "of resnetblur50"),
         ({"architecture": "resnet50", "model_args": {"act_layer": "silu"}}, "resnet50 with act_layer='silu'"),
     ],

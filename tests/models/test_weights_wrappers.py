@@ -189,3 +189,38 @@ def test_dictionaries_without_end(state: State, tmp_path: Path) -> None:
     for content in contents:
         with pytest.raises(ValueError, match="it has no tensors"):
             load_weights(fresh(), content())
+
+
+def test_mmengine_saves_the_average_as_the_state_dict(state: State, averaged: State, tmp_path: Path) -> None:
+    trained = {"steps": torch.tensor(7)} | prefixed("module.", state)
+    content = {"state_dict": averaged, "ema_state_dict": trained, "meta": {"epoch": 3}}
+    report = assert_loads(content, averaged, tmp_path)
+    assert "taken are the averaged (EMA) weights state_dict; left are ema_state_dict" in report
+    assert "taken are the weights ema_state_dict" in assert_loads(content, state, tmp_path, use_ema=False)
+
+
+@pytest.mark.parametrize(
+    "name", ["emaModel", "modelEma", "EMAWeights", "model_EMA", "ema2", "net.ema", "averaged_model"]
+)
+def test_names_of_averages(name: str, state: State, averaged: State, tmp_path: Path) -> None:
+    assert_loads({"state_dict": state, name: averaged}, averaged, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["emanet", "schema", "cinema_model", "SCHEMA"])
+def test_names_that_only_contain_it(name: str, state: State, averaged: State, tmp_path: Path) -> None:
+    report = assert_loads({"state_dict": state, name: averaged}, state, tmp_path)
+    assert f"taken are the weights state_dict; left are {name}" in report
+
+
+@pytest.mark.parametrize(
+    "average", [{"shadow_params": [torch.ones(3)]}, {"decay": 0.9, "shadow": {"a": torch.ones(3)}}]
+)
+def test_averages_of_an_unknown_form_are_told(average: Any, state: State, tmp_path: Path) -> None:
+    report = assert_loads({"model": state, "ema": average, "ema_decay": 0.9}, state, tmp_path)
+    assert "left are averages of an unknown form: ema" in report
+    assert "unknown form" not in assert_loads({"model": state, "ema": {}}, state, tmp_path)
+
+
+def test_one_name_for_two_networks_is_refused(state: State, averaged: State) -> None:
+    with pytest.raises(ValueError, match="must hold one network; it has those of model, model"):
+        load_weights(fresh(), {"model": {"module": state}, "module": {"model": averaged}})

@@ -120,13 +120,16 @@ def finalize_statistics(
     """Mean and biased variance of BLOCK_F channels over the batch, and the running statistics that follow."""
     offs_c, mask_c = block_offsets(index, BLOCK_F, C)
     count = tl.maximum(N.to(tl.float32) * HW, 1.0)
+    # Differences from the first piece: where all means are equal so is theirs, and the variance is not its rounding.
+    # Halves of them are float32 numbers.
+    shift = 0.5 * load_vector(moments_ptr, offs_c, mask_c)
     acc = tl.zeros((BLOCK_P, BLOCK_F), tl.float32)
     for block in range(0, tl.cdiv(n_pieces, BLOCK_P)):
         offs_p, mask_p = block_offsets(block, BLOCK_P, n_pieces)
         pixels = _piece_counts(offs_p, n_pieces, N, HW, SPLITS, IMAGES, tiles_per_split, BLOCK_HW)
         offs, mask = offs_p[:, None].to(tl.int64) * C + offs_c[None, :], mask_p[:, None] & mask_c[None, :]
-        acc += load_vector(moments_ptr, offs, mask) * (pixels / count)[:, None]
-    mean = tl.sum(acc, axis=0)
+        acc += (0.5 * load_vector(moments_ptr, offs, mask) - shift[None, :]) * (pixels / count)[:, None]
+    mean = 2.0 * (shift + tl.sum(acc, axis=0))
     acc = tl.zeros((BLOCK_P, BLOCK_F), tl.float32)
     for block in range(0, tl.cdiv(n_pieces, BLOCK_P)):
         offs_p, mask_p = block_offsets(block, BLOCK_P, n_pieces)

@@ -15,7 +15,9 @@ def batch_statistics(x: Tensor, group: str) -> tuple[Tensor, Tensor, Tensor, Ten
     count = n * height * width
     empty = x.new_zeros(n, channels)
     map_var, map_mean = torch.var_mean(x, (2, 3), correction=0) if count else (empty, empty)
-    mean = map_mean.sum(0) / max(n, 1)
+    # Differences from the first map: where all means are equal so is theirs, and the variance is not its rounding.
+    first = map_mean[:1].sum(0)
+    mean = first + (map_mean - first).sum(0) / max(n, 1)
     var = (map_var + (map_mean - mean).square()).sum(0) / max(n, 1)
     if not group:
         return mean, var, map_mean, count
@@ -37,7 +39,7 @@ def merge_statistics(mean: Tensor, var: Tensor, count: int, group: str) -> tuple
     counts, channels = ranks[:, -1:], mean.shape[0]
     total = counts.sum().clamp(min=1)
     means, m2 = ranks[:, :channels], ranks[:, channels:-1]
-    mean = (counts * means).sum(0) / total
+    mean = means[0] + (counts * (means - means[0])).sum(0) / total
     var = (m2 + counts * (means - mean).square()).sum(0) / total
     return mean, var, total
 

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).with_name("support")))
 from tail_oracle import TailInputs, make_tail_inputs, naive_tail, tail_outputs
 
 from setriton import BatchNormSqueezeExcite
+from setriton.batch_statistics import merge_statistics
 from setriton.functional import bn_squeeze_excite_forked
 
 MAPS = ("x", "residual", "dy", "dy_skip")
@@ -50,6 +51,19 @@ def compare_modules(rows: slice) -> None:
         ours.eval()(x[rows])
 
 
+def _world() -> dist.ProcessGroup:
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
+def compare_constants() -> None:
+    """The variance of equal means is 0, and not what rounding leaves of them."""
+    mean = torch.tensor([0.37, 3000.1, -7e5])
+    merged, var, _ = merge_statistics(mean, torch.zeros(3), 3 + 4 * dist.get_rank(), _world().group_name)
+    assert torch.equal(merged, mean)
+    assert not var.any()
+
+
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     eager = functools.partial(bn_squeeze_excite_forked, process_group=dist.group.WORLD)
@@ -62,6 +76,7 @@ if __name__ == "__main__":
             compare(eager, whole, rows, bn_act, training)
             if first == 4:
                 compare(compiled, whole, rows, bn_act, training)
+    compare_constants()
     compare_modules(slice(0, 4) if dist.get_rank() == 0 else slice(4, None))
     print(f"rank {dist.get_rank()} done")
     dist.destroy_process_group()

@@ -17,6 +17,7 @@ from tail_oracle import (
 )
 
 from setriton import bn_squeeze_excite
+from setriton.batch_statistics import batch_statistics
 from setriton.functional import bn_squeeze_excite_forked
 from setriton.reference import ACTS
 from setriton.reference import BN_ACTS as OURS
@@ -76,6 +77,16 @@ def test_float64_constant_channels(bn_act: str) -> None:
     inputs = float64_inputs()
     inputs.x[:, ::3] = 1.5
     assert_equals_naive(inputs, training=True, bn_act=bn_act)
+
+
+@pytest.mark.parametrize("batch", [3, 7, 70])
+@pytest.mark.parametrize("value", [0.37, 3000.1, -7e5])
+def test_the_variance_of_a_constant_channel_is_0(value: float, batch: int) -> None:
+    """Not what rounding leaves of the merged means, which may be far above eps."""
+    x = torch.randn(batch, 4, 5, 7)
+    x[:, 2] = value
+    mean, var, *_ = batch_statistics(x, group="")
+    assert (mean[2].item(), var[2].item()) == (x[0, 2, 0, 0].item(), 0.0)
 
 
 @pytest.mark.parametrize("training", [True, False])

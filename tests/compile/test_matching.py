@@ -140,7 +140,10 @@ def test_gates(gate: Function) -> None:
     def body(s: Block, x: Tensor) -> Tensor:
         return x * gate(s.conv2(F.relu(s.conv1(x.mean((2, 3), keepdim=True)))))
 
-    assert kinds(compared(body, tolerance=1e-7)) == ["se"]
+    # Where clamp has gradients at its bounds, as in torch 2.11, it is no hard sigmoid.
+    z = torch.zeros(1, requires_grad=True)
+    is_other = gate is GATES["clamp"] and torch.autograd.grad(z.clamp(0, 6).sum(), z)[0].item() == 1
+    assert kinds(compared(body, tolerance=1e-7)) == ([] if is_other else ["se"])
 
 
 PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -118,9 +118,11 @@ def test_means_a_hundred_times_the_deviation(
 
 
 @LAYOUTS
-@pytest.mark.parametrize("value", [0.0, 3.0, 1e4])
-def test_constant_channels(device: torch.device, value: float, channels_last: bool) -> None:
-    inputs = make_tail_inputs(3, 12, 3, 7, 7, torch.float32, channels_last=channels_last)
+@pytest.mark.parametrize("batch", [3, 7, 70])
+@pytest.mark.parametrize("value", [0.0, 3.0, 0.37, 3000.1, -7e5])
+def test_constant_channels(device: torch.device, value: float, batch: int, channels_last: bool) -> None:
+    """Pieces' means are merged without rounding: y is the bias, though eps is far below their distance to the next."""
+    inputs = make_tail_inputs(batch, 12, 3, 7, 7, torch.float32, channels_last=channels_last)
     inputs.x[:, 5] = value
     options = {"training": True, "out_act": "relu"}
     assert_tail_no_worse_than_eager(setriton.bn_squeeze_excite, on(device, inputs), **options)

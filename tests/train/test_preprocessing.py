@@ -73,7 +73,7 @@ def test_sizes_that_are_asked_for_win(folder: Path, config: dict[str, int], size
         ({"interpolation": "nearest"}, "interpolation must be one of bilinear, bicubic"),
         ({"std": (1.0, 1.0)}, "std must have a positive value for each of mean"),
         ({"std": (1.0, 1.0, 0.0)}, "std must have a positive value for each of mean"),
-        ({"mean": (math.nan,) * 3}, "mean must be finite"),
+        ({"mean": (math.nan,) * 3}, "mean must have a finite value"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, object], message: str) -> None:

@@ -334,7 +334,33 @@ class Closure(SEBlock):
         return self.fc2(self.act(self.fc1(self.squeeze(x)))).sigmoid()
 
 
-@pytest.mark.parametrize("make", [SEBlock, Subclassed, Closure])
+class AveragePool(SEBlock):
+    def squeeze(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, x.size()[2:])
+
+
+class AveragePoolOfShape(SEBlock):
+    def squeeze(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, (x.shape[2], x.shape[3]))
+
+
+class Addmm(SEBlock):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 4), nn.Linear(4, 8)
+
+    def gate(self, x: Tensor) -> Tensor:
+        hidden = F.gelu(torch.addmm(self.fc1.bias, x.mean((2, 3)), self.fc1.weight.t()))
+        return torch.addmm(self.fc2.bias, hidden, self.fc2.weight.t()).sigmoid()[:, :, None, None]
+
+
+class AddmmOfHalf(Addmm):
+    def gate(self, x: Tensor) -> Tensor:
+        hidden = F.gelu(torch.addmm(self.fc1.bias, x.mean((2, 3)), self.fc1.weight.t(), beta=0.5))
+        return torch.addmm(self.fc2.bias, hidden, self.fc2.weight.t()).sigmoid()[:, :, None, None]
+
+
+@pytest.mark.parametrize("make", [SEBlock, Subclassed, Closure, AveragePool, AveragePoolOfShape, Addmm])
 def test_what_is_one_is_replaced_and_nothing_else_changes(make: Callable[[], nn.Module]) -> None:
     model = randomized(make())
     twin, before = copy.deepcopy(model), state_of(model)
@@ -491,3 +517,7 @@ def test_compiled_children() -> None:
     assert "compiled" in report.left["se"]
     x = torch.randn(2, 8, 5, 5, dtype=torch.float64)
     torch.testing.assert_close(block(x), twin(x))
+
+
+def test_arguments_of_products_are_read() -> None:
+    assert accelerate(AddmmOfHalf()).left == {"": "addmm between squeeze and gate"}

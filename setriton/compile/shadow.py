@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import (
 from torch.fx import GraphModule
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 # What cannot be copied, and what tracing leaves as it is.
@@ -49,7 +49,8 @@ def trace(model: nn.Module, inputs: Sequence[Any], options: Mapping[str, Any], b
         TypeError: the model cannot be copied, or has parameters without a shape.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode:
+    # Under a mode of the caller's, such as one that counts operations, Dynamo would compile nothing.
+    with _disable_current_modes(), mode:
         shadow = _shadow(model, mode)
         without_data = functools.partial(mode.from_tensor, static_shapes=True)
         arguments, keywords = tree_map_only(Tensor, without_data, (inputs, dict(options)))

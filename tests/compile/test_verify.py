@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from graphs import compare
 from residual import Network, image
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, Node
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import setriton
 from setriton.compile import rewrite
@@ -45,6 +47,21 @@ def test_explain_verifies_when_asked() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
     assert x.grad is None
     assert all(p.grad is None for p in network.parameters())
+
+
+class Counts(TorchDispatchMode):
+    """A mode as profilers have."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(f"{func} is the caller's business")
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, FakeTensorMode, Counts])
+def test_explain_verifies_under_any_mode_of_the_caller(mode: Callable[[], Any]) -> None:
+    network, x = Network().double(), image()
+    with mode():
+        explanation = setriton.explain(network, x, verify=True)
+    assert [match.error is not None and match.error < 1e-12 for match in explanation.replaced] == [True] * 3
 
 
 @pytest.mark.usefixtures("_verifying")

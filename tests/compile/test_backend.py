@@ -24,8 +24,8 @@ def paths(report: Any) -> list[str]:
 def test_by_name(training: bool) -> None:
     report = compare(Network().train(training), image(), backend="setriton")
     assert paths(report) == ["blocks.0", "blocks.1", "blocks.2"]
-    assert {match.kind for match in report} == {"bn_se+add+relu"}
-    assert {(match.shape, match.hidden, match.training) for match in report} == {((2, C, 4, 4), 4, training)}
+    assert {match.kind for match in report.replaced} == {"bn_se+add+relu"}
+    assert {(match.shape, match.hidden, match.training) for match in report.replaced} == {((2, C, 4, 4), 4, training)}
     assert "3 of 3 SE blocks replaced" in str(report)
     assert "blocks.1  2x8x4x4" in str(report)
 
